@@ -1,0 +1,116 @@
+"""Where a step's time goes: seconds per kind of operator at several batch shapes, beside the roofline.
+
+    python bench/step_budget.py [--model smollm2] [--threads 2] [--shapes 1,8,32,512] [--context 192]
+
+A shape of up to 64 is that many requests decoding at --context; a larger one is a prompt of that length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import numpy as np
+
+from ridgeline.backends.cpu.executor import CpuExecutor
+from ridgeline.core.types import SAMPLING_DTYPE, Batch
+from ridgeline.graph.cost import Load
+from ridgeline.graph.plan import compile
+from ridgeline.graph.roofline import roofline
+from ridgeline.graph.target import cpu_target
+from ridgeline.models.load import load_model
+from ridgeline.perf.machine import measure_peaks
+
+DECODE_AT_MOST = 64
+BLOCK = 16
+
+
+def make_batch(shape: int, context: int, step: int) -> Batch:
+    """``shape`` requests of one token each at ``context``, or one prompt of ``shape`` tokens."""
+    decode = shape <= DECODE_AT_MOST
+    requests, each = (shape, 1) if decode else (1, shape)
+    first = context - 1 if decode else 0
+    blocks = -(-(first + each) // BLOCK)
+    ids = np.random.default_rng(step).integers(100, 40000, requests * each).astype(np.int32)
+    sampling = np.zeros(requests, SAMPLING_DTYPE)
+    sampling["num_logprobs"] = -1
+    updates = [(r, i, r * blocks + i) for r in range(requests) for i in range(blocks)]
+    return Batch(
+        token_ids=ids,
+        positions=np.tile(np.arange(first, first + each, dtype=np.int32), requests),
+        slots=np.arange(requests, dtype=np.int32),
+        query_starts=np.arange(0, requests * each + 1, each, dtype=np.int32),
+        context_lens=np.full(requests, first + each, np.int32),
+        sample_rows=np.arange(each - 1, requests * each, each, dtype=np.int32),
+        sampling=sampling,
+        block_updates=[np.array(updates, np.int32)],
+    )
+
+
+def measure(executor: CpuExecutor, shape: int, context: int, seconds: float) -> tuple[float, dict[str, float]]:
+    """Median step in seconds, and the mean seconds per kind of operator."""
+    steps: list[float] = []
+    until = time.perf_counter() + seconds
+    executor.finish(executor.launch(make_batch(shape, context, 0)))
+    executor.native.set_profiling(True)
+    while time.perf_counter() < until or len(steps) < 5:
+        batch = make_batch(shape, context, len(steps))
+        start = time.perf_counter()
+        executor.finish(executor.launch(batch))
+        steps.append(time.perf_counter() - start)
+    kinds: dict[str, float] = {}
+    for name, spent in zip([*executor.native.op_names(), "sample"], executor.native.op_seconds(), strict=True):
+        kind = name.split()[0]
+        if kind == "linear":
+            kind = "linear " + name.split(".")[-1].split()[-1]
+        kinds[kind] = kinds.get(kind, 0.0) + spent / len(steps)
+    executor.native.set_profiling(False)
+    return statistics.median(steps), kinds
+
+
+def main() -> None:
+    """Prints one table and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--isa", default=None)
+    parser.add_argument("--kv-dtype", default="bf16")
+    parser.add_argument("--shapes", default="1,8,32,512")
+    parser.add_argument("--context", type=int, default=192)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    args = parser.parse_args()
+    model = load_model(args.model)
+    target = cpu_target(args.kv_dtype)
+    plan = compile(model.graph(512, DECODE_AT_MOST, args.kv_dtype, BLOCK), target)
+    executor = CpuExecutor(
+        plan,
+        model.weights,
+        num_slots=DECODE_AT_MOST,
+        num_blocks=[DECODE_AT_MOST * 32],
+        max_blocks_per_slot=-(-max(512, args.context) // BLOCK),
+        threads=args.threads,
+        isa=args.isa,
+    )
+    peaks = measure_peaks(args.threads, args.isa)
+    print(
+        f"{args.model}, {executor.isa}, {executor.threads} threads: {peaks.bandwidth / 1e9:.1f} GB/s, "
+        f"int8 {peaks.int8 / 1e9:.0f} GOP/s, bf16 {peaks.bf16 / 1e9:.0f} GFLOP/s"
+    )
+    shapes = [int(s) for s in args.shapes.split(",")]
+    results = {}
+    for shape in shapes:
+        step, kinds = measure(executor, shape, args.context, args.seconds)
+        requests = [(args.context - 1, 1)] * shape if shape <= DECODE_AT_MOST else [(0, shape)]
+        least = roofline(plan.cost(Load.of(requests)), peaks).seconds
+        results[str(shape)] = {"step_ms": step * 1e3, "roofline_share": least / step}
+        print(f"\nM = {shape}: {step * 1e3:.3f} ms a step, {shape / step:,.0f} tokens/s, {least / step:.0%} of roofline")
+        for kind, spent in sorted(kinds.items(), key=lambda item: -item[1]):
+            results[str(shape)][kind] = spent * 1e3
+            print(f"  {kind:<22}{spent * 1e3:9.3f} ms {spent / sum(kinds.values()):6.1%}")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+// The Python face of the native executor. Arrays come in as numpy, the GIL is released while work runs.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <stdexcept>
+
+#include "executor.h"
+
+namespace py = pybind11;
+using namespace ridgeline;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+Format format_of(const std::string& name) {
+  if (name == "f32") return Format::F32;
+  if (name == "f16") return Format::F16;
+  if (name == "bf16") return Format::BF16;
+  if (name == "q8_0") return Format::Q8_0;
+  if (name == "q4_0") return Format::Q4_0;
+  if (name == "q4_1") return Format::Q4_1;
+  throw std::invalid_argument("no native kernel for weight format " + name);
+}
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "f32") return Dtype::F32;
+  if (name == "f16") return Dtype::F16;
+  if (name == "bf16") return Dtype::BF16;
+  if (name == "q8") return Dtype::Q8;
+  throw std::invalid_argument("no native kernel for activation type " + name);
+}
+
+Rows rows_of(const std::string& name) {
+  if (name == "T") return Rows::Tokens;
+  if (name == "S") return Rows::Sampled;
+  throw std::invalid_argument("rows must be 'T' or 'S', got '" + name + "'");
+}
+
+Elementwise elementwise_of(const std::string& name) {
+  if (name == "add") return Elementwise::Add;
+  if (name == "mul") return Elementwise::Mul;
+  if (name == "silu") return Elementwise::Silu;
+  if (name == "silu_mul") return Elementwise::SiluMul;
+  throw std::invalid_argument("no native elementwise operator " + name);
+}
+
+using Place = std::pair<size_t, size_t>;  // offset, stride
+Buffer buffer_of(const Place& p) { return {p.first, p.second}; }
+
+// Row pointers of a matrix put together from parts: concatenated, or 16 rows of each in turn.
+std::vector<const uint8_t*> gather_rows(const std::vector<std::pair<Array<uint8_t>, py::object>>& parts, Format format,
+                                        int k, int interleave) {
+  const size_t row_bytes = file_row_bytes(format, k);
+  std::vector<std::vector<const uint8_t*>> rows;
+  for (const auto& [data, order] : parts) {
+    size_t count = row_bytes ? (size_t)data.size() / row_bytes : 0;
+    if (count * row_bytes != (size_t)data.size()) throw std::invalid_argument("weight data is not whole rows");
+    std::vector<const uint8_t*> r(count);
+    for (size_t i = 0; i < count; i++) r[i] = data.data() + i * row_bytes;
+    if (!order.is_none()) {
+      auto index = py::cast<Array<int64_t>>(order);
+      if ((size_t)index.size() != count) throw std::invalid_argument("row_order must name every row");
+      for (size_t i = 0; i < count; i++) {
+        int64_t from = index.data()[i];
+        if (from < 0 || from >= (int64_t)count) throw std::invalid_argument("row_order out of range");
+        r[i] = data.data() + (size_t)from * row_bytes;
+      }
+    }
+    rows.push_back(std::move(r));
+  }
+  std::vector<const uint8_t*> all;
+  if (interleave == 0) {
+    for (const auto& r : rows) all.insert(all.end(), r.begin(), r.end());
+    return all;
+  }
+  for (size_t i = 0; i < rows.at(0).size(); i += (size_t)interleave)
+    for (const auto& r : rows) {
+      if (r.size() != rows[0].size() || r.size() % (size_t)interleave)
+        throw std::invalid_argument("interleaved parts must be alike and a multiple of the interleave");
+      all.insert(all.end(), r.begin() + (long)i, r.begin() + (long)i + interleave);
+    }
+  return all;
+}
+
+py::object pack_weight(Executor& e, const std::vector<std::pair<Array<uint8_t>, py::object>>& parts,
+                       const std::string& format_name, int k, int interleave) {
+  Format format = format_of(format_name);
+  auto rows = gather_rows(parts, format, k, interleave);
+  int bad = -1;
+  PackedMatrix m;
+  {
+    py::gil_scoped_release release;
+    m = e.pack(rows, format, k, &bad);
+  }
+  return py::make_tuple(m, bad);
+}
+
+template <class T>
+py::array_t<T> copy(const std::vector<T>& v, std::vector<py::ssize_t> shape) {
+  return py::array_t<T>(shape, v.data());
+}
+
+void launch(Executor& e, const Array<int32_t>& token_ids, const Array<int32_t>& positions,
+            const Array<int32_t>& slots, const Array<int32_t>& query_starts, const Array<int32_t>& context_lens,
+            const Array<int32_t>& sample_rows, const py::array& sampling, const Array<int32_t>& block_updates) {
+  BatchView b{};
+  b.tokens = (int)token_ids.size();
+  b.requests = (int)slots.size();
+  b.sampled = (int)sample_rows.size();
+  b.updates = (int)(block_updates.size() / 3);
+  if (positions.size() != b.tokens || query_starts.size() != b.requests + 1 || context_lens.size() != b.requests)
+    throw std::invalid_argument("batch arrays differ in length");
+  if (sampling.size() != b.sampled || (b.sampled && sampling.itemsize() != (py::ssize_t)sizeof(SamplingRow)) ||
+      !(sampling.flags() & py::array::c_style))
+    throw std::invalid_argument("sampling must be one contiguous row of SAMPLING_DTYPE per sampled row");
+  b.token_ids = token_ids.data();
+  b.positions = positions.data();
+  b.slots = slots.data();
+  b.query_starts = query_starts.data();
+  b.context_lens = context_lens.data();
+  b.sample_rows = sample_rows.data();
+  b.sampling = (const SamplingRow*)sampling.data();
+  b.block_updates = block_updates.data();
+  py::gil_scoped_release release;
+  e.launch(b);
+}
+
+py::tuple finish(Executor& e, const py::object& masks) {
+  if (!masks.is_none()) {
+    auto bits = py::cast<Array<uint32_t>>(masks);
+    int rows = bits.ndim() == 2 ? (int)bits.shape(0) : 0;
+    if (bits.ndim() != 2 || bits.shape(1) != (e.config().vocab + 31) / 32)
+      throw std::invalid_argument("token masks must be [flagged, ceil(vocab / 32)] uint32");
+    py::gil_scoped_release release;
+    e.finish(bits.data(), rows);
+  } else {
+    e.finish(nullptr, 0);
+  }
+  py::ssize_t s = e.sampled(), k = e.num_top();
+  return py::make_tuple(copy(e.tokens(), {s}), copy(e.logprobs(), {s}), copy(e.top_ids(), {s, k}),
+                        copy(e.top_logprobs(), {s, k}));
+}
+
+py::array_t<float> logits(const Executor& e) {
+  py::array_t<float> out({(py::ssize_t)e.sampled(), (py::ssize_t)e.config().vocab});
+  for (int r = 0; r < e.sampled(); r++)
+    std::copy(e.logits(r), e.logits(r) + e.config().vocab, out.mutable_data(r, 0));
+  return out;
+}
+
+void bind_ops(py::class_<Executor>& c) {
+  c.def("add_embed", [](Executor& e, const std::string& name, Place out, const PackedMatrix& table) {
+    e.add_op(name, [a = EmbedArgs{buffer_of(out), table}, f = e.kernels().embed](const Step& s, Worker& w) {
+      f(a, s, w);
+    });
+  });
+  c.def("add_norm", [](Executor& e, const std::string& name, Place x, std::optional<Place> delta,
+                       std::optional<Place> sum, Place out, const Array<float>& weight, float eps,
+                       const std::string& dtype, const std::string& rows) {
+    NormArgs a;
+    a.x = buffer_of(x);
+    a.has_delta = delta.has_value();
+    if (delta) a.delta = buffer_of(*delta);
+    if (sum) a.sum = buffer_of(*sum);
+    a.out = buffer_of(out);
+    a.k = (int)weight.size();
+    a.weight = e.keep_vector(weight.data(), (size_t)weight.size());
+    a.eps = eps;
+    a.out_dtype = dtype_of(dtype);
+    a.rows = rows_of(rows);
+    if ((size_t)a.k * sizeof(float) > kScratchBytes) throw std::invalid_argument("a norm's row is too long");
+    e.add_op(name, [a, f = e.kernels().norm](const Step& s, Worker& w) { f(a, s, w); });
+  });
+  c.def("add_quantize", [](Executor& e, const std::string& name, Place x, Place out, int k, const std::string& dtype,
+                           const std::string& rows) {
+    QuantizeArgs a{buffer_of(x), buffer_of(out), k, dtype_of(dtype), rows_of(rows)};
+    e.add_op(name, [a, f = e.kernels().quantize](const Step& s, Worker& w) { f(a, s, w); });
+  });
+  c.def("add_linear", [](Executor& e, const std::string& name, Place x, Place out, const PackedMatrix& w,
+                         bool silu_mul, const std::string& dtype, const std::string& rows) {
+    LinearArgs a{buffer_of(x), buffer_of(out), w, silu_mul ? Epilogue::SiluMul : Epilogue::None, dtype_of(dtype),
+                 rows_of(rows)};
+    if (silu_mul && w.n % 32) throw std::invalid_argument("a gated linear needs whole pairs of tiles");
+    if (a.out_dtype == Dtype::Q8 && w.n % 64) throw std::invalid_argument("a q8 output needs whole groups of 32");
+    e.add_op(name, [a, f = e.kernels().linear](const Step& s, Worker& k) { f(a, s, k); });
+  });
+  c.def("add_rope_kv", [](Executor& e, const std::string& name, Place qkv, Place q, int layer) {
+    const ExecutorConfig& g = e.config();
+    RopeKvArgs a{buffer_of(qkv), buffer_of(q), g.heads, g.kv_heads, g.head_dim, layer};
+    e.add_op(name, [a, f = e.kernels().rope_kv](const Step& s, Worker& w) { f(a, s, w); });
+  });
+  c.def("add_attention", [](Executor& e, const std::string& name, Place q, Place out, int layer, float scale,
+                            const std::string& dtype) {
+    const ExecutorConfig& g = e.config();
+    AttentionArgs a{buffer_of(q), buffer_of(out), g.heads, g.kv_heads, g.head_dim, layer, scale, dtype_of(dtype)};
+    if (a.out_dtype != Dtype::F32 && g.head_dim % 32)
+      throw std::invalid_argument("attention stores fp32 for this head size");
+    e.add_op(name, [a, f = e.kernels().attention](const Step& s, Worker& w) { f(a, s, w); });
+  });
+  c.def("add_select", [](Executor& e, const std::string& name, Place x, Place out) {
+    SelectArgs a{buffer_of(x), buffer_of(out), std::min(x.second, out.second)};
+    e.add_op(name, [a, f = e.kernels().select](const Step& s, Worker& w) { f(a, s, w); });
+  });
+  c.def("add_elementwise", [](Executor& e, const std::string& name, const std::string& op, Place x, Place y, Place out,
+                              int k, const std::string& dtype, const std::string& rows) {
+    ElementwiseArgs a{buffer_of(x),       buffer_of(y),    buffer_of(out), k,
+                      elementwise_of(op), dtype_of(dtype), rows_of(rows)};
+    if ((size_t)k * sizeof(float) > kScratchBytes) throw std::invalid_argument("an elementwise row is too long");
+    e.add_op(name, [a, f = e.kernels().elementwise](const Step& s, Worker& w) { f(a, s, w); });
+  });
+  c.def("add_concat", [](Executor& e, const std::string& name, const std::vector<std::pair<Place, int>>& parts,
+                         Place out, const std::string& rows) {
+    ConcatArgs a;
+    if (parts.size() > 3) throw std::invalid_argument("concat takes at most three parts");
+    for (const auto& [place, width] : parts) {
+      a.parts[a.count] = buffer_of(place);
+      a.widths[a.count++] = width;
+    }
+    a.out = buffer_of(out);
+    a.rows = rows_of(rows);
+    e.add_op(name, [a, f = e.kernels().concat](const Step& s, Worker& w) { f(a, s, w); });
+  });
+}
+
+std::unique_ptr<Executor> make_executor(const py::dict& d) {
+  ExecutorConfig c;
+  auto take = [&](const char* key, auto& field) {
+    field = py::cast<std::decay_t<decltype(field)>>(d[key]);
+  };
+  take("isa", c.isa);
+  take("threads", c.threads);
+  take("max_tokens", c.max_tokens);
+  take("max_sampled", c.max_sampled);
+  take("num_slots", c.num_slots);
+  take("max_blocks_per_slot", c.max_blocks_per_slot);
+  take("num_blocks", c.num_blocks);
+  take("layers", c.layers);
+  take("heads", c.heads);
+  take("kv_heads", c.kv_heads);
+  take("head_dim", c.head_dim);
+  take("vocab", c.vocab);
+  take("arena_bytes", c.arena_bytes);
+  take("weight_bytes", c.weight_bytes);
+  take("rope_frequency", c.rope_frequency);
+  c.kv_dtype = dtype_of(py::cast<std::string>(d["kv_dtype"]));
+  if (c.head_dim % 16 || c.head_dim > 256 || c.heads % c.kv_heads || c.heads / c.kv_heads > 48)
+    throw std::invalid_argument("attention needs a head size that is a multiple of 16 up to 256");
+  if ((int)c.rope_frequency.size() != c.head_dim / 2)
+    throw std::invalid_argument("rope_frequency needs one entry per pair of head dimensions");
+  return std::make_unique<Executor>(c);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Ridgeline's CPU executor: packed weights, paged cache and a plan run by a thread team.";
+  py::class_<PackedMatrix>(m, "PackedMatrix")
+      .def_readonly("n", &PackedMatrix::n)
+      .def_readonly("k", &PackedMatrix::k);
+  py::class_<Executor> executor(m, "Executor");
+  executor.def(py::init(&make_executor))
+      .def("pack", &pack_weight)
+      .def("set_logits", [](Executor& e, Place p) { e.set_logits(buffer_of(p)); })
+      .def("launch", &launch)
+      .def("finish", &finish)
+      .def("logits", &logits)
+      .def("set_profiling", &Executor::set_profiling)
+      .def("op_names", [](const Executor& e) { return e.op_names(); })
+      .def("op_seconds", [](const Executor& e) { return e.op_seconds(); })
+      .def_property_readonly("isa", [](const Executor& e) { return e.kernels().name; })
+      .def_property_readonly("threads", [](Executor& e) { return e.team().size(); });
+  bind_ops(executor);
+  m.def("packed_bytes", [](const std::string& format, int n, int k) {
+    return packed_bytes(packed_layout(format_of(format), n, k));
+  });
+  m.def("available_threads", &available_threads);
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    if (kernels_avx512()) names.push_back("avx512");
+    names.push_back("generic");
+    return names;
+  });
+  m.def("measure_bandwidth", [](size_t bytes, int threads, double seconds, const std::string& isa) {
+    py::gil_scoped_release release;
+    return measure_bandwidth(*select_kernels(isa), bytes, threads, seconds) / 1e9;
+  }, py::arg("bytes") = (size_t)96 << 20, py::arg("threads") = 0, py::arg("seconds") = 0.3, py::arg("isa") = "");
+  m.def("measure_peaks", [](int threads, const std::string& isa) {
+    py::gil_scoped_release release;
+    const Kernels& k = *select_kernels(isa);
+    return std::map<std::string, double>{{"int8", measure_peak(k, 0, threads) / 1e9},
+                                         {"bf16", measure_peak(k, 1, threads) / 1e9},
+                                         {"f32", measure_peak(k, 2, threads) / 1e9}};
+  }, py::arg("threads") = 0, py::arg("isa") = "");
+}

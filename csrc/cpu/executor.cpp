@@ -1,0 +1,292 @@
+#include "executor.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace ridgeline {
+namespace {
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+constexpr int kRopeStep = 256;        // positions added to the rotary table at a time
+constexpr int kTargetTileRows = 48;   // query rows of one attention task
+constexpr int kSampleScratch = 12;    // bytes per vocabulary entry (SampleArgs)
+
+}  // namespace
+
+const Kernels* select_kernels(const std::string& isa) {
+  if (isa.empty()) return kernels_avx512() ? kernels_avx512() : kernels_generic();
+  if (isa == "generic") return kernels_generic();
+  if (isa == "avx512") {
+    if (const Kernels* k = kernels_avx512()) return k;
+    refuse("this processor or this build has no AVX-512 VNNI and BF16: use isa='generic'");
+  }
+  refuse("unknown instruction set '" + isa + "': use 'avx512' or 'generic'");
+}
+
+Executor::Executor(const ExecutorConfig& config)
+    : config_(config),
+      kernels_(select_kernels(config.isa)),
+      team_(config.threads > 0 ? config.threads : available_threads()),
+      weights_(config.weight_bytes),
+      arena_(config.arena_bytes) {
+  const size_t element = config.kv_dtype == Dtype::F32 ? 4 : 2;
+  KvCache& cache = step_.cache;
+  cache.dtype = config.kv_dtype;
+  cache.layer_bytes = (size_t)config.kv_heads * 2 * kBlock * config.head_dim * element;
+  cache.block_bytes = cache.layer_bytes * config.layers;
+  cache_ = Region(cache.block_bytes * config.num_blocks);
+  cache.base = cache_.data();
+  rope_capacity_ = (int)round_up((size_t)config.max_blocks_per_slot * kBlock, kRopeStep);
+  rope_ = Region((size_t)rope_capacity_ * config.head_dim * sizeof(float));
+  const size_t chunks = (size_t)config.max_blocks_per_slot * kBlock / kChunk + 1;
+  const size_t split = (size_t)std::min(config.num_slots, 2 * team_.size()) * chunks;
+  partials_ = Region(split * config.heads * (config.head_dim + 2) * sizeof(float));
+  partial_counts_ = std::make_unique<std::atomic<int32_t>[]>((size_t)config.num_slots * config.kv_heads);
+  block_tables_.assign((size_t)config.num_slots * config.max_blocks_per_slot, -1);
+  last_token_.assign((size_t)config.num_slots, -1);
+  for (int t = 0; t < team_.size(); t++)
+    scratch_.emplace_back(std::max(kScratchBytes, (size_t)config.vocab * kSampleScratch));
+  step_.arena = arena_.data();
+  step_.partials = (float*)partials_.data();
+  step_.partial_counts = partial_counts_.get();
+}
+
+PackedMatrix Executor::pack(const std::vector<const uint8_t*>& rows, Format format, int k, int* bad_row) {
+  PackedMatrix m = packed_layout(format, (int)rows.size(), k);
+  size_t bytes = packed_bytes(m);
+  if (weights_used_ + bytes > weights_.size()) refuse("weight memory is smaller than the weights packed into it");
+  uint8_t* out = weights_.data() + weights_used_;
+  *bad_row = ridgeline::pack(rows, m, out, team_);
+  weights_used_ += bytes;
+  m.data = out;
+  return m;
+}
+
+const float* Executor::keep_vector(const float* values, size_t count) {
+  vectors_.push_back(std::make_unique<float[]>(count));
+  std::memcpy(vectors_.back().get(), values, count * sizeof(float));
+  return vectors_.back().get();
+}
+
+void Executor::add_op(std::string name, std::function<void(const Step&, Worker&)> run) {
+  op_names_.push_back(std::move(name));
+  ops_.push_back(std::move(run));
+}
+
+void Executor::check(const BatchView& b) const {
+  if (b.tokens < 1 || b.tokens > config_.max_tokens) refuse("a step must hold 1 to max_tokens tokens");
+  if (b.sampled < 0 || b.sampled > config_.max_sampled) refuse("more rows to sample than the plan was built for");
+  if (b.requests < 1 || b.requests > config_.num_slots) refuse("more requests than slots");
+  if (b.query_starts[0] != 0 || b.query_starts[b.requests] != b.tokens) refuse("query_starts must run from 0 to T");
+  const int limit = config_.max_blocks_per_slot * kBlock;
+  for (int r = 0; r < b.requests; r++) {
+    int begin = b.query_starts[r], end = b.query_starts[r + 1];
+    if (begin >= end) refuse("query_starts must ascend: every request needs a token");
+    if (b.slots[r] < 0 || b.slots[r] >= config_.num_slots) refuse("slot out of range");
+    for (int t = begin; t < end; t++) {
+      if (b.positions[t] != b.positions[begin] + t - begin) refuse("positions of a request must be consecutive");
+      int id = b.token_ids[t] >= 0 ? b.token_ids[t] : last_token_[(size_t)b.slots[r]];
+      if (id < 0 || id >= config_.vocab) refuse("token id out of the vocabulary");
+    }
+    if (b.positions[begin] < 0 || b.positions[end - 1] >= limit) refuse("position outside the block table");
+    if (b.context_lens[r] != b.positions[end - 1] + 1) refuse("context_lens must be the last position plus one");
+    const int32_t* table = &block_tables_[(size_t)b.slots[r] * config_.max_blocks_per_slot];
+    for (int i = 0; i <= b.positions[end - 1] / kBlock; i++)
+      if (table[i] < 0) refuse("a request's context reaches past its block table");
+  }
+  for (int i = 0; i < b.sampled; i++)
+    if (b.sample_rows[i] < 0 || b.sample_rows[i] >= b.tokens) refuse("sample row out of range");
+}
+
+void Executor::apply_block_updates(const BatchView& b) {
+  for (int i = 0; i < b.updates; i++) {
+    const int32_t* u = b.block_updates + 3 * i;
+    if (u[0] < 0 || u[0] >= config_.num_slots || u[1] < 0 || u[1] >= config_.max_blocks_per_slot || u[2] < 0 ||
+        u[2] >= config_.num_blocks)
+      refuse("block update out of range");
+    block_tables_[(size_t)u[0] * config_.max_blocks_per_slot + u[1]] = u[2];
+  }
+}
+
+void Executor::extend_rope(int positions) {
+  const int half = config_.head_dim / 2;
+  float* cosines = (float*)rope_.data();
+  float* sines = cosines + (size_t)rope_capacity_ * half;
+  int upto = std::min(rope_capacity_, (int)round_up((size_t)positions, kRopeStep));
+  for (; rope_ready_ < upto; rope_ready_++)
+    for (int i = 0; i < half; i++) {
+      double angle = rope_ready_ * config_.rope_frequency[(size_t)i];
+      cosines[(size_t)rope_ready_ * half + i] = (float)std::cos(angle);
+      sines[(size_t)rope_ready_ * half + i] = (float)std::sin(angle);
+    }
+  step_.rope_cos = cosines;
+  step_.rope_sin = sines;
+}
+
+// Longest tasks first. One-token requests are split by chunk when there are too few to go round; their
+// partials are merged in chunk order either way, so the bits do not depend on the choice.
+void Executor::plan_attention(const BatchView& b) {
+  const int group = config_.heads / config_.kv_heads, tile = std::max(1, kTargetTileRows / group);
+  const bool scarce = b.requests * config_.kv_heads < 2 * team_.size();
+  int split = 0;
+  step_.attention.clear();
+  for (int r = 0; r < b.requests; r++) {
+    int begin = b.query_starts[r], end = b.query_starts[r + 1];
+    int chunks = (b.context_lens[r] + kChunk - 1) / kChunk;
+    if (end - begin == 1 && scarce && chunks > 1) {
+      for (int c = 0; c < chunks; c++) step_.attention.push_back({r, begin, end, c, c + 1, split, chunks});
+      split += chunks;
+      continue;
+    }
+    for (int last = end; last > begin; last -= tile) {
+      int first = std::max(begin, last - tile);
+      step_.attention.push_back({r, first, last, 0, b.positions[last - 1] / kChunk + 1, -1, 0});
+    }
+  }
+  auto work = [&](const AttentionTask& t) {
+    return (long)(t.token_end - t.token_begin) * (t.split >= 0 ? kChunk : b.positions[t.token_end - 1] + 1);
+  };
+  std::stable_sort(step_.attention.begin(), step_.attention.end(),
+                   [&](const AttentionTask& x, const AttentionTask& y) { return work(x) > work(y); });
+}
+
+void Executor::launch(const BatchView& b) {
+  apply_block_updates(b);
+  check(b);
+  token_ids_.assign(b.token_ids, b.token_ids + b.tokens);
+  positions_.assign(b.positions, b.positions + b.tokens);
+  slots_.assign(b.slots, b.slots + b.requests);
+  sample_rows_.assign(b.sample_rows, b.sample_rows + b.sampled);
+  sampling_.assign(b.sampling, b.sampling + b.sampled);
+  request_of_.resize((size_t)b.tokens);
+  tables_.resize((size_t)b.requests);
+  int longest = 0;
+  for (int r = 0; r < b.requests; r++) {
+    tables_[(size_t)r] = &block_tables_[(size_t)b.slots[r] * config_.max_blocks_per_slot];
+    longest = std::max(longest, b.context_lens[r]);
+    for (int t = b.query_starts[r]; t < b.query_starts[r + 1]; t++) {
+      request_of_[(size_t)t] = r;
+      if (token_ids_[(size_t)t] < 0) token_ids_[(size_t)t] = last_token_[(size_t)b.slots[r]];
+    }
+  }
+  extend_rope(longest);
+  plan_attention(b);
+  num_top_ = 0;
+  for (const SamplingRow& row : sampling_) num_top_ = std::max(num_top_, std::min(row.num_logprobs, config_.vocab));
+  step_.tokens = b.tokens;
+  step_.sampled = b.sampled;
+  step_.requests = b.requests;
+  step_.token_ids = token_ids_.data();
+  step_.positions = positions_.data();
+  step_.request_of = request_of_.data();
+  step_.sample_rows = sample_rows_.data();
+  step_.block_tables = tables_.data();
+  tokens_.assign((size_t)b.sampled, -1);
+  logprobs_.assign((size_t)b.sampled, NAN);
+  top_ids_.assign((size_t)b.sampled * num_top_, -1);
+  top_logprobs_.assign((size_t)b.sampled * num_top_, NAN);
+  run_ops();
+}
+
+void Executor::run_ops() {
+  std::function<void(int)> job = [this](int thread) {
+    Worker w{team_, thread, 0, scratch_[(size_t)thread].data()};
+    double last = profiling_ ? now() : 0;
+    auto lap = [&](size_t op) {
+      if (!profiling_ || thread != 0) return;
+      double t = now();
+      op_seconds_[op] += t - last;
+      last = t;
+    };
+    for (size_t i = 0; i < ops_.size(); i++) {
+      ops_[i](step_, w);
+      team_.barrier();
+      w.stage++;
+      lap(i);
+    }
+    team_.share(w.stage, step_.sampled, 1, [&](int begin, int end) {
+      for (int row = begin; row < end; row++)
+        if (!sampling_[(size_t)row].masked) sample_row(row, nullptr, thread);
+    });
+    lap(ops_.size());
+  };
+  team_.run(job);
+}
+
+void Executor::finish(const uint32_t* masks, int flagged) {
+  std::vector<int> rows;
+  for (int i = 0; i < step_.sampled; i++)
+    if (sampling_[(size_t)i].masked) rows.push_back(i);
+  if ((int)rows.size() != flagged) refuse("finish needs one token mask for each row flagged as masked");
+  if (rows.empty()) return;
+  const size_t words = ((size_t)config_.vocab + 31) / 32;
+  std::function<void(int)> job = [&](int thread) {
+    team_.share(0, flagged, 1, [&](int begin, int end) {
+      for (int i = begin; i < end; i++) sample_row(rows[(size_t)i], masks + words * i, thread);
+    });
+  };
+  team_.run(job);
+}
+
+void Executor::sample_row(int row, const uint32_t* mask, int thread) {
+  size_t i = (size_t)row, k = (size_t)num_top_;
+  int token_row = sample_rows_[i];
+  SampleArgs a{};
+  a.logits = logits(row);
+  a.vocab = config_.vocab;
+  a.row = &sampling_[i];
+  a.position = positions_[(size_t)token_row] + 1;
+  a.mask = mask;
+  a.num_top = num_top_;
+  a.token = &tokens_[i];
+  a.logprob = &logprobs_[i];
+  a.top_ids = top_ids_.data() + i * k;
+  a.top_logprobs = top_logprobs_.data() + i * k;
+  a.scratch = scratch_[(size_t)thread].data();
+  kernels_->sample(a);
+  last_token_[(size_t)slots_[(size_t)request_of_[(size_t)token_row]]] = tokens_[i];
+}
+
+void Executor::set_profiling(bool on) {
+  profiling_ = on;
+  op_seconds_.assign(ops_.size() + 1, 0.0);
+}
+
+double measure_bandwidth(const Kernels& kernels, size_t bytes, int threads, double seconds) {
+  Region buffer(bytes);
+  std::memset(buffer.data(), 1, bytes);
+  Team team(threads > 0 ? threads : available_threads());
+  const size_t part = bytes / (size_t)team.size() / 4096 * 4096;
+  double best = 0;
+  for (double begin = now(); now() - begin < seconds;)
+    for (int variant = 0; variant < 4; variant++) {
+      double t = now();
+      team.run([&](int thread) { kernels.read_bytes(buffer.data() + part * (size_t)thread, part, variant); });
+      best = std::max(best, (double)part * team.size() / (now() - t));
+    }
+  return best;
+}
+
+double measure_peak(const Kernels& kernels, int kind, int threads) {
+  Team team(threads > 0 ? threads : available_threads());
+  double best = 0;
+  for (int repeat = 0; repeat < 8; repeat++) {
+    std::vector<double> done((size_t)team.size());
+    double t = now();
+    team.run([&](int thread) { done[(size_t)thread] = kernels.spin_ops(kind, 200000); });
+    double total = 0;
+    for (double d : done) total += d;
+    best = std::max(best, total / (now() - t));
+  }
+  return best;
+}
+
+}  // namespace ridgeline

@@ -1,0 +1,74 @@
+// AVX-512 (F, BW, VL, DQ, VNNI, BF16, FMA, F16C): sixteen 32-bit lanes in one register.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace ridgeline::RL_ISA {
+
+using F32 = __m512;
+using I32 = __m512i;
+using Mask = __mmask16;
+
+inline F32 zero_f() { return _mm512_setzero_ps(); }
+inline I32 zero_i() { return _mm512_setzero_si512(); }
+inline F32 splat(float x) { return _mm512_set1_ps(x); }
+inline I32 splat_i(int32_t x) { return _mm512_set1_epi32(x); }
+inline F32 load_f(const void* p) { return _mm512_loadu_ps(p); }
+inline I32 load_i(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_f(void* p, F32 x) { _mm512_storeu_ps(p, x); }
+inline void store_i(void* p, I32 x) { _mm512_storeu_si512(p, x); }
+
+inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
+inline F32 to_f(I32 a) { return _mm512_cvtepi32_ps(a); }
+// Round to nearest even, the mode every executor leaves MXCSR in.
+inline I32 to_i(F32 a) { return _mm512_cvtps_epi32(a); }
+inline I32 bits(F32 a) { return _mm512_castps_si512(a); }
+inline F32 from_bits(I32 a) { return _mm512_castsi512_ps(a); }
+inline I32 add_i(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+
+// Bytes: both nibbles of each byte of a 64-byte record.
+inline I32 low_nibbles(I32 w) { return _mm512_and_si512(w, _mm512_set1_epi8(0x0f)); }
+inline I32 high_nibbles(I32 w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(0x0f)); }
+// acc[lane] += sum over 4 bytes of unsigned u * signed s, exactly.
+inline I32 dot_u8s8(I32 acc, I32 u, I32 s) { return _mm512_dpbusd_epi32(acc, u, s); }
+// acc[lane] += the products of two bf16 pairs.
+inline F32 dot_bf16(F32 acc, I32 a, I32 b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+
+inline F32 load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline void store_f16(void* p, F32 x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, 0)); }
+inline F32 load_bf16(const void* p) {
+  return from_bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+inline void store_bf16(void* p, F32 x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+inline void store_i8(void* p, I32 x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x)); }
+
+inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
+// One fixed tree: halves, quarters, pairs.
+inline float reduce_add(F32 x) {
+  __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_shuffle_ps(b, b, 1)));
+}
+inline int32_t reduce_add_i(I32 x) { return _mm512_reduce_add_epi32(x); }
+
+// Lanes below n keep x, the others become other.
+inline F32 keep_first(F32 x, int n, F32 other) {
+  Mask m = n >= 16 ? (Mask)0xffff : (Mask)((1u << (n < 0 ? 0 : n)) - 1);
+  return _mm512_mask_mov_ps(other, m, x);
+}
+inline I32 low_halves(I32 x) { return _mm512_and_si512(x, _mm512_set1_epi32(0xffff)); }
+inline F32 scale_by_power(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
+inline F32 round_even(F32 x) { return _mm512_roundscale_ps(x, 0); }
+inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+inline void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+
+}  // namespace ridgeline::RL_ISA

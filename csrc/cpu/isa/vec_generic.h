@@ -1,0 +1,154 @@
+// Portable lanes: sixteen of them as a compiler vector, for any target GCC or Clang knows.
+// Every primitive means what its AVX-512 sibling means; only fma (two roundings here) differs in bits.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace ridgeline::RL_ISA {
+
+typedef float F32 __attribute__((vector_size(64)));
+typedef int32_t I32 __attribute__((vector_size(64)));
+typedef uint32_t U32 __attribute__((vector_size(64)));
+typedef int8_t I8x64 __attribute__((vector_size(64)));
+typedef uint8_t U8x64 __attribute__((vector_size(64)));
+
+inline F32 zero_f() { return F32{}; }
+inline I32 zero_i() { return I32{}; }
+inline F32 splat(float x) { return x - F32{}; }
+inline I32 splat_i(int32_t x) { return x - I32{}; }
+inline F32 load_f(const void* p) { F32 x; std::memcpy(&x, p, 64); return x; }
+inline I32 load_i(const void* p) { I32 x; std::memcpy(&x, p, 64); return x; }
+inline void store_f(void* p, F32 x) { std::memcpy(p, &x, 64); }
+inline void store_i(void* p, I32 x) { std::memcpy(p, &x, 64); }
+
+inline F32 add(F32 a, F32 b) { return a + b; }
+inline F32 sub(F32 a, F32 b) { return a - b; }
+inline F32 mul(F32 a, F32 b) { return a * b; }
+inline F32 div(F32 a, F32 b) { return a / b; }
+inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
+inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
+inline I32 bits(F32 a) { I32 x; std::memcpy(&x, &a, 64); return x; }
+inline F32 from_bits(I32 a) { F32 x; std::memcpy(&x, &a, 64); return x; }
+inline F32 abs(F32 a) { return from_bits(bits(a) & 0x7fffffff); }
+inline F32 to_f(I32 a) { return __builtin_convertvector(a, F32); }
+inline F32 round_even(F32 x) {
+  F32 r;
+  for (int i = 0; i < 16; i++) r[i] = std::nearbyintf(x[i]);
+  return r;
+}
+inline I32 to_i(F32 a) { return __builtin_convertvector(round_even(a), I32); }
+inline I32 add_i(I32 a, I32 b) { return a + b; }
+
+inline I32 low_nibbles(I32 w) { return w & 0x0f0f0f0f; }
+inline I32 high_nibbles(I32 w) { return (I32)((U32)w >> 4) & 0x0f0f0f0f; }
+inline I32 dot_u8s8(I32 acc, I32 u, I32 s) {
+  for (int j = 0; j < 4; j++) {
+    I32 ub = (I32)((U32)u >> (8 * j)) & 0xff;
+    I32 sb = (I32)((U32)s << (24 - 8 * j)) >> 24;
+    acc += ub * sb;
+  }
+  return acc;
+}
+inline F32 high_bf16(I32 x) { return from_bits(x & (int32_t)0xffff0000); }
+inline F32 low_bf16(I32 x) { return from_bits((I32)((U32)x << 16)); }
+inline F32 dot_bf16(F32 acc, I32 a, I32 b) {
+  acc = fma(high_bf16(a), high_bf16(b), acc);
+  return fma(low_bf16(a), low_bf16(b), acc);
+}
+
+inline float half_to_float(uint16_t h) {
+  uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
+  float magnitude;
+  if (exponent == 0) {
+    magnitude = (float)fraction * 0x1p-24f;
+  } else {
+    uint32_t b = exponent == 31 ? 0x7f800000 | fraction << 13 : (exponent + 112) << 23 | fraction << 13;
+    std::memcpy(&magnitude, &b, 4);
+  }
+  uint32_t b;
+  std::memcpy(&b, &magnitude, 4);
+  b |= sign;
+  std::memcpy(&magnitude, &b, 4);
+  return magnitude;
+}
+inline uint16_t float_to_half(float x) {
+  uint32_t b;
+  std::memcpy(&b, &x, 4);
+  uint32_t sign = b >> 16 & 0x8000, m = b & 0x7fffffff;
+  if (m > 0x7f800000) return (uint16_t)(sign | 0x7e00 | (m >> 13 & 0x3ff));
+  if (m >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+  if (m < 0x38800000) {  // below the smallest normal half: let the float adder round at 2^-24
+    float a, magic = 0.5f;
+    std::memcpy(&a, &m, 4);
+    a += magic;
+    std::memcpy(&m, &a, 4);
+    return (uint16_t)(sign | (m - 0x3f000000));
+  }
+  m += 0xfff + (m >> 13 & 1);
+  return (uint16_t)(sign | (m - 0x38000000) >> 13);
+}
+inline F32 load_f16(const void* p) {
+  uint16_t h[16];
+  std::memcpy(h, p, 32);
+  F32 x;
+  for (int i = 0; i < 16; i++) x[i] = half_to_float(h[i]);
+  return x;
+}
+inline void store_f16(void* p, F32 x) {
+  uint16_t h[16];
+  for (int i = 0; i < 16; i++) h[i] = float_to_half(x[i]);
+  std::memcpy(p, h, 32);
+}
+inline F32 load_bf16(const void* p) {
+  uint16_t h[16];
+  std::memcpy(h, p, 32);
+  I32 x;
+  for (int i = 0; i < 16; i++) x[i] = (int32_t)((uint32_t)h[i] << 16);
+  return from_bits(x);
+}
+inline void store_bf16(void* p, F32 x) {
+  uint16_t h[16];
+  I32 b = bits(x);
+  for (int i = 0; i < 16; i++) {
+    uint32_t v = (uint32_t)b[i];
+    bool nan = (v & 0x7fffffff) > 0x7f800000;
+    h[i] = (uint16_t)(nan ? v >> 16 | 0x40 : (v + 0x7fff + (v >> 16 & 1)) >> 16);
+  }
+  std::memcpy(p, h, 32);
+}
+inline void store_i8(void* p, I32 x) {
+  int8_t b[16];
+  for (int i = 0; i < 16; i++) b[i] = (int8_t)(x[i] < -128 ? -128 : x[i] > 127 ? 127 : x[i]);
+  std::memcpy(p, b, 16);
+}
+
+inline float reduce_max(F32 x) {
+  float m = x[0];
+  for (int i = 1; i < 16; i++) m = x[i] > m ? x[i] : m;
+  return m;
+}
+inline float reduce_add(F32 x) {
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; i++) x[i] += x[i + half];
+  return x[0];
+}
+inline int32_t reduce_add_i(I32 x) {
+  int32_t s = 0;
+  for (int i = 0; i < 16; i++) s += x[i];
+  return s;
+}
+inline F32 keep_first(F32 x, int n, F32 other) {
+  for (int i = n < 0 ? 0 : n; i < 16; i++) x[i] = other[i];
+  return x;
+}
+inline I32 low_halves(I32 x) { return x & 0xffff; }
+inline F32 scale_by_power(F32 x, F32 n) {
+  for (int i = 0; i < 16; i++) x[i] = std::ldexp(x[i], (int)n[i]);
+  return x;
+}
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+}  // namespace ridgeline::RL_ISA

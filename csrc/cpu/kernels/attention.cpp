@@ -1,0 +1,317 @@
+// Attention over the paged cache, after FlashAttention (Dao et al., 2022) with fixed chunks: every 256
+// absolute key positions give an independent partial (maximum m, sum l, output o), and partials are
+// merged in chunk order. Lanes are keys in QK^T and head dimensions in PV. A query row's arithmetic is
+// therefore the same in prefill and decode, beside any other rows, and however chunks are shared out.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "kernels/kv.h"
+#include "kernels/quantize.h"
+#include "kernels/table.h"
+
+namespace ridgeline::RL_ISA {
+namespace {
+
+constexpr int kRows = 6;        // query rows of one register block
+constexpr int kTileRows = 96;   // query rows of one task, at most
+constexpr int kMaxDim = 256;
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+
+struct Scratch {
+  alignas(64) float scores[kRows][kChunk];
+  alignas(64) uint8_t probabilities[kRows][kChunk * 4];
+  alignas(64) float partial[kRows][kMaxDim];
+  float m[kRows], l[kRows];
+  float tile_m[kTileRows], tile_l[kTileRows];
+  alignas(64) float tile_o[kTileRows * kMaxDim];
+};
+static_assert(sizeof(Scratch) <= kScratchBytes);
+
+template <Dtype kType>
+inline I32 splat_pair(const void* p) {
+  int32_t w;
+  std::memcpy(&w, p, 4);
+  return splat_i(w);
+}
+
+// scores[r][16 c ..] = q_r . k for C blocks of 16 keys; q rows are bf16 or fp32 as the cache is.
+template <Dtype kType, int R, int C>
+inline __attribute__((always_inline)) void score_blocks(const uint8_t* const* q, const uint8_t* const* keys, int dim,
+                                                        F32 scale, float* scores) {
+  F32 acc[R][C];
+RL_UNROLL
+  for (int r = 0; r < R; r++)
+RL_UNROLL
+    for (int c = 0; c < C; c++) acc[r][c] = zero_f();
+  const int steps = dim / Kv<kType>::kPair;
+  for (int d = 0; d < steps; d++) {
+    if constexpr (kType == Dtype::BF16) {
+      I32 k[C];
+RL_UNROLL
+      for (int c = 0; c < C; c++) k[c] = load_i(keys[c] + 64 * d);
+RL_UNROLL
+      for (int r = 0; r < R; r++) {
+        I32 x = splat_pair<kType>(q[r] + 4 * d);
+RL_UNROLL
+        for (int c = 0; c < C; c++) acc[r][c] = dot_bf16(acc[r][c], k[c], x);
+      }
+    } else {
+      F32 k[C];
+RL_UNROLL
+      for (int c = 0; c < C; c++) k[c] = kType == Dtype::F16 ? load_f16(keys[c] + 32 * d) : load_f(keys[c] + 64 * d);
+RL_UNROLL
+      for (int r = 0; r < R; r++) {
+        F32 x = splat(((const float*)q[r])[d]);
+RL_UNROLL
+        for (int c = 0; c < C; c++) acc[r][c] = fma(k[c], x, acc[r][c]);
+      }
+    }
+  }
+RL_UNROLL
+  for (int r = 0; r < R; r++)
+RL_UNROLL
+    for (int c = 0; c < C; c++) store_f(scores + r * kChunk + 16 * c, mul(acc[r][c], scale));
+}
+
+// Softmax of a row over its first `limit` keys of the chunk: probabilities relative to the row's
+// maximum, in the type PV multiplies, and their sum as rounded. Keys past the limit get exactly 0.
+template <Dtype kType>
+inline void softmax_row(const float* scores, int limit, uint8_t* probabilities, float& m, float& l) {
+  int blocks = (limit + 15) / 16;
+  F32 top = splat(kLowest);
+  for (int b = 0; b < blocks; b++)
+    top = max(top, keep_first(load_f(scores + 16 * b), limit - 16 * b, splat(kLowest)));
+  m = reduce_max(top);
+  F32 base = splat(m), sum = zero_f();
+  for (int b = 0; b < blocks; b++) {
+    F32 p = keep_first(exp(sub(load_f(scores + 16 * b), base)), limit - 16 * b, zero_f());
+    if constexpr (kType == Dtype::BF16) {
+      store_bf16(probabilities + 32 * b, p);
+      p = load_bf16(probabilities + 32 * b);
+    } else {
+      store_f(probabilities + 64 * b, p);
+    }
+    sum = add(sum, p);
+  }
+  l = reduce_add(sum);
+}
+
+// acc[r][c] += p_r[t] * v[t][16 c ..] for tokens (pairs of tokens) [from, to) of the chunk.
+template <Dtype kType, int R, int C>
+inline __attribute__((always_inline)) void weigh_values(F32 (&acc)[R][C], const uint8_t* const* p,
+                                                        const uint8_t* const* values, int dim, int at, int from,
+                                                        int to) {
+  constexpr int kPerBlock = kBlock / Kv<kType>::kPair;
+  constexpr int kElement = kType == Dtype::F16 ? 2 : 4;  // bytes of one lane in memory
+  for (int t = from; t < to; t++) {
+    const uint8_t* row = values[t / kPerBlock] + (size_t)kElement * ((t % kPerBlock) * dim + at);
+    if constexpr (kType == Dtype::BF16) {
+      I32 v[C];
+RL_UNROLL
+      for (int c = 0; c < C; c++) v[c] = load_i(row + 64 * c);
+RL_UNROLL
+      for (int r = 0; r < R; r++) {
+        I32 x = splat_pair<kType>(p[r] + 4 * t);
+RL_UNROLL
+        for (int c = 0; c < C; c++) acc[r][c] = dot_bf16(acc[r][c], v[c], x);
+      }
+    } else {
+      F32 v[C];
+RL_UNROLL
+      for (int c = 0; c < C; c++) v[c] = kType == Dtype::F16 ? load_f16(row + 32 * c) : load_f(row + 64 * c);
+RL_UNROLL
+      for (int r = 0; r < R; r++) {
+        F32 x = splat(((const float*)p[r])[t]);
+RL_UNROLL
+        for (int c = 0; c < C; c++) acc[r][c] = fma(v[c], x, acc[r][c]);
+      }
+    }
+  }
+}
+
+// The last token of a row whose limit is odd shares its bf16 pair with a token it must not see.
+template <int C>
+inline void weigh_half_pair(F32 (&acc)[1][C], const uint8_t* p, const uint8_t* const* values, int dim, int at, int t) {
+  const uint8_t* row = values[t / 8] + (size_t)4 * ((t % 8) * dim + at);
+  I32 x = splat_pair<Dtype::BF16>(p + 4 * t);
+  for (int c = 0; c < C; c++) acc[0][c] = dot_bf16(acc[0][c], low_halves(load_i(row + 64 * c)), x);
+}
+
+// o[r][at ..] of R rows for C vectors of head dimensions. Tokens all rows see are taken together, the
+// rest row by row: a masked value is never multiplied, not even by zero.
+template <Dtype kType, int R, int C>
+inline void output_columns(const uint8_t* const* p, const uint8_t* const* values, const int* limits, int dim, int at,
+                           float* o) {
+  constexpr int kPair = Kv<kType>::kPair;
+  F32 acc[R][C];
+  int common = limits[0];
+  for (int r = 0; r < R; r++) {
+    common = std::min(common, limits[r]);
+    for (int c = 0; c < C; c++) acc[r][c] = zero_f();
+  }
+  weigh_values<kType, R, C>(acc, p, values, dim, at, 0, common / kPair);
+  for (int r = 0; r < R; r++) {
+    F32 row[1][C];
+    for (int c = 0; c < C; c++) row[0][c] = acc[r][c];
+    weigh_values<kType, 1, C>(row, p + r, values, dim, at, common / kPair, limits[r] / kPair);
+    if (kPair == 2 && limits[r] % 2) weigh_half_pair<C>(row, p[r], values, dim, at, limits[r] / 2);
+    for (int c = 0; c < C; c++) store_f(o + r * kMaxDim + at + 16 * c, row[0][c]);
+  }
+}
+
+// The partial of R rows over one chunk, into scratch.m, scratch.l and scratch.partial.
+template <Dtype kType, int R>
+__attribute__((noinline)) void chunk_partial(const uint8_t* const* q, const uint8_t* const* keys, const int* limits,
+                                             int dim, float scale, Scratch& x) {
+  const size_t values_at = (size_t)kBlock * dim * Kv<kType>::kBytes;
+  const uint8_t *values[kChunk / kBlock], *p[R];
+  int seen = *std::max_element(limits, limits + R), blocks = (seen + 15) / 16;
+  for (int b = 0; b < blocks; b++) values[b] = keys[b] + values_at;
+  int b = 0;
+  for (; b + 4 <= blocks; b += 4) score_blocks<kType, R, 4>(q, keys + b, dim, splat(scale), x.scores[0] + 16 * b);
+  for (; b < blocks; b++) score_blocks<kType, R, 1>(q, keys + b, dim, splat(scale), x.scores[0] + 16 * b);
+  for (int r = 0; r < R; r++) {
+    p[r] = x.probabilities[r];
+    softmax_row<kType>(x.scores[r], limits[r], x.probabilities[r], x.m[r], x.l[r]);
+  }
+  int at = 0;
+  for (; at + 64 <= dim; at += 64) output_columns<kType, R, 4>(p, values, limits, dim, at, x.partial[0]);
+  for (; at < dim; at += 16) output_columns<kType, R, 1>(p, values, limits, dim, at, x.partial[0]);
+}
+
+// (m, l, o) absorbs the partial of the next chunk.
+void merge(float& m, float& l, float* o, float pm, float pl, const float* po, int dim) {
+  float top = std::max(m, pm), factors[2];
+  float lanes[16] = {m - top, pm - top};
+  store_f(lanes, exp(load_f(lanes)));
+  factors[0] = lanes[0];
+  factors[1] = lanes[1];
+  m = top;
+  l = l * factors[0] + pl * factors[1];
+  F32 f0 = splat(factors[0]), f1 = splat(factors[1]);
+  for (int d = 0; d < dim; d += 16) store_f(o + d, fma(load_f(po + d), f1, mul(load_f(o + d), f0)));
+}
+
+using Partial = void (*)(const uint8_t* const*, const uint8_t* const*, const int*, int, float, Scratch&);
+template <Dtype kType>
+constexpr Partial kPartials[kRows + 1] = {nullptr,
+                                          chunk_partial<kType, 1>,
+                                          chunk_partial<kType, 2>,
+                                          chunk_partial<kType, 3>,
+                                          chunk_partial<kType, 4>,
+                                          chunk_partial<kType, 5>,
+                                          chunk_partial<kType, 6>};
+
+struct Task {
+  const AttentionArgs& a;
+  const Step& s;
+  const AttentionTask& t;
+  Scratch& x;
+  int kv_head, group;  // group: query heads that share a KV head
+
+  int rows() const { return (t.token_end - t.token_begin) * group; }
+  int token(int row) const { return t.token_begin + row / group; }
+  int head(int row) const { return kv_head * group + row % group; }
+
+  void store(int row, float l, const float* o) const {
+    int dim = a.head_dim, width = a.heads * dim;
+    uint8_t* out = s.at(a.out, token(row));
+    F32 inverse = splat(1.0f / l);
+    int first = head(row) * dim / 16;
+    if (dim % 32 == 0) {
+      for (int i = 0; i < dim / 16; i += 2)
+        store_pair(a.out_dtype, out, width, first + i, mul(load_f(o + 16 * i), inverse),
+                   mul(load_f(o + 16 * i + 16), inverse));
+    } else {  // lowered with an fp32 output
+      for (int i = 0; i < dim / 16; i++) store_f(out + 64 * (first + i), mul(load_f(o + 16 * i), inverse));
+    }
+  }
+
+  void run_chunk(int chunk) const {
+    int dim = a.head_dim;
+    const int32_t* table = s.block_tables[t.request];
+    int seen = std::min(kChunk, s.positions[t.token_end - 1] + 1 - chunk * kChunk);
+    const uint8_t* keys[kChunk / kBlock];
+    for (int b = 0; b < (seen + 15) / 16; b++)
+      keys[b] = kv_head_at(s.cache, table[chunk * (kChunk / kBlock) + b], a.layer, kv_head, dim);
+    const Partial* partials = s.cache.dtype == Dtype::BF16  ? kPartials<Dtype::BF16>
+                              : s.cache.dtype == Dtype::F16 ? kPartials<Dtype::F16>
+                                                            : kPartials<Dtype::F32>;
+    const size_t element = s.cache.dtype == Dtype::BF16 ? 2 : 4;
+    for (int row = 0; row < rows(); row += kRows) {
+      int count = 0, at[kRows], limits[kRows];
+      const uint8_t* q[kRows];
+      for (int r = row; r < std::min(row + kRows, rows()); r++) {
+        int limit = std::min(kChunk, s.positions[token(r)] + 1 - chunk * kChunk);
+        if (limit <= 0) continue;
+        at[count] = r;
+        limits[count] = limit;
+        q[count++] = s.at(a.q, token(r)) + (size_t)head(r) * dim * element;
+      }
+      if (count == 0) continue;
+      partials[count](q, keys, limits, dim, a.scale, x);
+      for (int i = 0; i < count; i++) absorb(at[i], chunk, x.m[i], x.l[i], x.partial[i]);
+    }
+  }
+
+  void absorb(int row, int chunk, float m, float l, const float* o) const {
+    float* total = x.tile_o + (size_t)row * a.head_dim;
+    if (chunk == t.chunk_begin) {
+      x.tile_m[row] = m;
+      x.tile_l[row] = l;
+      std::memcpy(total, o, 4 * (size_t)a.head_dim);
+    } else {
+      merge(x.tile_m[row], x.tile_l[row], total, m, l, o, a.head_dim);
+    }
+  }
+
+  // A split task leaves its one chunk's partial; whoever finishes last merges all of them in order.
+  void finish_split() const {
+    int dim = a.head_dim, stride = dim + 2;
+    size_t index = (size_t)(t.split + t.chunk_begin) * a.heads + (size_t)kv_head * group;
+    for (int r = 0; r < group; r++) {
+      float* p = s.partials + (index + r) * stride;
+      p[0] = x.tile_m[r];
+      p[1] = x.tile_l[r];
+      std::memcpy(p + 2, x.tile_o + (size_t)r * dim, 4 * (size_t)dim);
+    }
+    std::atomic<int32_t>& arrived = s.partial_counts[(size_t)t.request * a.kv_heads + kv_head];
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) != t.num_splits - 1) return;
+    arrived.store(0, std::memory_order_relaxed);
+    for (int r = 0; r < group; r++) {
+      for (int c = 0; c < t.num_splits; c++) {
+        size_t from = (size_t)(t.split + c) * a.heads + (size_t)kv_head * group + r;
+        const float* p = s.partials + from * stride;
+        float* total = x.tile_o + (size_t)r * dim;
+        if (c == 0) {
+          x.tile_m[r] = p[0];
+          x.tile_l[r] = p[1];
+          std::memcpy(total, p + 2, 4 * (size_t)dim);
+        } else {
+          merge(x.tile_m[r], x.tile_l[r], total, p[0], p[1], p + 2, dim);
+        }
+      }
+      store(r, x.tile_l[r], x.tile_o + (size_t)r * dim);
+    }
+  }
+
+  void run() const {
+    for (int chunk = t.chunk_begin; chunk < t.chunk_end; chunk++) run_chunk(chunk);
+    if (t.split >= 0) return finish_split();
+    for (int r = 0; r < rows(); r++) store(r, x.tile_l[r], x.tile_o + (size_t)r * a.head_dim);
+  }
+};
+
+}  // namespace
+
+void attention(const AttentionArgs& a, const Step& s, Worker& w) {
+  Scratch& x = *(Scratch*)w.scratch;
+  int count = (int)s.attention.size();
+  w.team.share(w.stage, count * a.kv_heads, 1, [&](int begin, int end) {
+    for (int i = begin; i < end; i++)
+      Task{a, s, s.attention[(size_t)(i / a.kv_heads)], x, i % a.kv_heads, a.heads / a.kv_heads}.run();
+  });
+}
+
+}  // namespace ridgeline::RL_ISA

@@ -1,0 +1,148 @@
+// Operators that work a row at a time: embedding, RMSNorm, activation quantization, elementwise, copies.
+// Each is bound by memory; rows are shared out among the threads and a row's arithmetic is one fixed order.
+#include <cmath>
+#include <cstring>
+
+#include "kernels/quantize.h"
+#include "kernels/table.h"
+
+namespace ridgeline::RL_ISA {
+namespace {
+
+int chunk_of(int rows, int threads) { return rows / (4 * threads) + 1; }
+
+float weight_at(const PackedMatrix& w, const uint8_t* tile, int column, int k) {
+  auto half_at = [&](size_t at) {
+    float lanes[16];
+    store_f(lanes, load_f16(tile + at + 32 * (size_t)(k / kGroup)));
+    return lanes[column];
+  };
+  int in_group = k % kGroup;
+  switch (w.format) {
+    case Format::F32:
+      return ((const float*)tile)[(size_t)k * 16 + column];
+    case Format::F16: {
+      float lanes[16];
+      store_f(lanes, load_f16(tile + (size_t)k * 32));
+      return lanes[column];
+    }
+    case Format::BF16: {
+      uint32_t bits = (uint32_t)((const uint16_t*)tile)[(size_t)(k / 2) * 32 + 2 * column + k % 2] << 16;
+      float x;
+      std::memcpy(&x, &bits, 4);
+      return x;
+    }
+    case Format::Q8_0: {
+      int code = tile[(size_t)(k / kGroup) * 512 + in_group / 4 * 64 + 4 * column + in_group % 4];
+      return half_at(w.scales_at) * (float)(code - 128);
+    }
+    default: {
+      int record = in_group % 16 / 4;
+      int byte = tile[(size_t)(k / kGroup) * 256 + record * 64 + 4 * column + in_group % 4];
+      int code = in_group < 16 ? byte & 15 : byte >> 4;
+      float scale = half_at(w.scales_at);
+      return w.format == Format::Q4_0 ? scale * (float)(code - 8) : scale * (float)code + half_at(w.minima_at);
+    }
+  }
+}
+
+}  // namespace
+
+void embed(const EmbedArgs& a, const Step& s, Worker& w) {
+  w.team.share(w.stage, s.tokens, chunk_of(s.tokens, w.team.size()), [&](int begin, int end) {
+    for (int t = begin; t < end; t++) {
+      int id = s.token_ids[t];
+      const uint8_t* tile = a.table.data + (size_t)(id / kTile) * a.table.tile_bytes;
+      float* out = (float*)s.at(a.out, t);
+      for (int k = 0; k < a.table.k; k++) out[k] = weight_at(a.table, tile, id % kTile, k);
+    }
+  });
+}
+
+// RMSNorm (Zhang and Sennrich, 2019), with an optional residual added first.
+void norm(const NormArgs& a, const Step& s, Worker& w) {
+  int rows = s.rows(a.rows);
+  w.team.share(w.stage, rows, chunk_of(rows, w.team.size()), [&](int begin, int end) {
+    float* y = (float*)w.scratch;
+    for (int r = begin; r < end; r++) {
+      const float* x = (const float*)s.at(a.x, r);
+      if (a.has_delta) {
+        const float* delta = (const float*)s.at(a.delta, r);
+        float* sum = (float*)s.at(a.sum, r);
+        int i = 0;
+        for (; i + 16 <= a.k; i += 16) store_f(sum + i, add(load_f(x + i), load_f(delta + i)));
+        for (; i < a.k; i++) sum[i] = x[i] + delta[i];
+        x = sum;
+      }
+      F32 squares = zero_f();
+      int i = 0;
+      for (; i + 16 <= a.k; i += 16) {
+        F32 v = load_f(x + i);
+        squares = fma(v, v, squares);
+      }
+      float total = reduce_add(squares);
+      for (; i < a.k; i++) total += x[i] * x[i];
+      float scale = 1.0f / std::sqrt(total / (float)a.k + a.eps);
+      for (i = 0; i + 16 <= a.k; i += 16) store_f(y + i, mul(mul(load_f(x + i), splat(scale)), load_f(a.weight + i)));
+      for (; i < a.k; i++) y[i] = x[i] * scale * a.weight[i];
+      store_row(a.out_dtype, s.at(a.out, r), a.k, y);
+    }
+  });
+}
+
+void quantize(const QuantizeArgs& a, const Step& s, Worker& w) {
+  int rows = s.rows(a.rows);
+  w.team.share(w.stage, rows, chunk_of(rows, w.team.size()), [&](int begin, int end) {
+    for (int r = begin; r < end; r++) store_row(a.out_dtype, s.at(a.out, r), a.k, (const float*)s.at(a.x, r));
+  });
+}
+
+void elementwise(const ElementwiseArgs& a, const Step& s, Worker& w) {
+  int rows = s.rows(a.rows);
+  auto apply = [&](F32 x, F32 y) {
+    switch (a.op) {
+      case Elementwise::Add: return add(x, y);
+      case Elementwise::Mul: return mul(x, y);
+      case Elementwise::Silu: return silu(x);
+      default: return mul(silu(x), y);
+    }
+  };
+  w.team.share(w.stage, rows, chunk_of(rows, w.team.size()), [&](int begin, int end) {
+    float* z = (float*)w.scratch;
+    for (int r = begin; r < end; r++) {
+      const float* x = (const float*)s.at(a.a, r);
+      const float* y = a.op == Elementwise::Silu ? x : (const float*)s.at(a.b, r);
+      int i = 0;
+      for (; i + 16 <= a.k; i += 16) store_f(z + i, apply(load_f(x + i), load_f(y + i)));
+      if (i < a.k) {
+        float tx[16] = {}, ty[16] = {}, tz[16];
+        std::memcpy(tx, x + i, 4 * (a.k - i));
+        std::memcpy(ty, y + i, 4 * (a.k - i));
+        store_f(tz, apply(load_f(tx), load_f(ty)));
+        std::memcpy(z + i, tz, 4 * (a.k - i));
+      }
+      store_row(a.out_dtype, s.at(a.out, r), a.k, z);
+    }
+  });
+}
+
+void select(const SelectArgs& a, const Step& s, Worker& w) {
+  w.team.share(w.stage, s.sampled, chunk_of(s.sampled, w.team.size()), [&](int begin, int end) {
+    for (int r = begin; r < end; r++) std::memcpy(s.at(a.out, r), s.at(a.x, s.sample_rows[r]), a.row_bytes);
+  });
+}
+
+void concat(const ConcatArgs& a, const Step& s, Worker& w) {
+  int rows = s.rows(a.rows);
+  w.team.share(w.stage, rows, chunk_of(rows, w.team.size()), [&](int begin, int end) {
+    for (int r = begin; r < end; r++) {
+      float* out = (float*)s.at(a.out, r);
+      for (int p = 0; p < a.count; p++) {
+        std::memcpy(out, s.at(a.parts[p], r), 4 * (size_t)a.widths[p]);
+        out += a.widths[p];
+      }
+    }
+  });
+}
+
+}  // namespace ridgeline::RL_ISA

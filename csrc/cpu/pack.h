@@ -1,0 +1,23 @@
+// Repacking a weight matrix from its file's rows into the tiles of packed.h.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "packed.h"
+#include "team.h"
+
+namespace ridgeline {
+
+// Bytes between the rows of a matrix in its file.
+size_t file_row_bytes(Format format, int k);
+
+// The shape of a packed [n, k] matrix; rows are padded with zero weights to a multiple of `pad` tiles.
+PackedMatrix packed_layout(Format format, int n, int k);
+size_t packed_bytes(const PackedMatrix& m);
+
+// Packs `rows` (n pointers to file rows) into `out`, packed_bytes long, zeroed and 64-byte aligned.
+// Returns the index of the first row that holds a NaN or an infinity, or -1.
+int pack(const std::vector<const uint8_t*>& rows, const PackedMatrix& layout, uint8_t* out, Team& team);
+
+}  // namespace ridgeline

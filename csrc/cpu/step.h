@@ -1,0 +1,169 @@
+// What a kernel is handed: its arguments (fixed when the plan is built), the step, and its thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "packed.h"
+#include "team.h"
+
+namespace ridgeline {
+
+// A matrix in the arena, one row per token (or per sampled row).
+struct Buffer {
+  size_t offset = 0;
+  size_t stride = 0;  // bytes between rows
+};
+
+enum class Rows : int32_t { Tokens, Sampled };
+enum class Dtype : int32_t { F32, F16, BF16, Q8 };
+
+// One piece of attention: some tokens of a request against some chunks of its keys, for each KV head.
+struct AttentionTask {
+  int32_t request;
+  int32_t token_begin, token_end;  // indices into the batch
+  int32_t chunk_begin, chunk_end;
+  int32_t split;  // index among the partial results, or -1 when this task sees every chunk
+  int32_t num_splits;
+};
+
+// The paged cache: a block holds 16 tokens of every layer. Within a block, per layer and KV head:
+// keys [head_dim / P][16 tokens][P], then values [16 tokens / P][head_dim][P], P = 2 for bf16 (the pairs
+// its dot product takes), else 1.
+struct KvCache {
+  uint8_t* base = nullptr;
+  size_t block_bytes = 0;
+  size_t layer_bytes = 0;
+  Dtype dtype = Dtype::BF16;
+};
+
+inline constexpr int kBlock = 16;    // tokens per KV block
+inline constexpr int kChunk = 256;   // keys per independent attention partial
+
+struct Step {
+  int tokens = 0, sampled = 0, requests = 0;
+  uint8_t* arena = nullptr;
+  const int32_t* token_ids = nullptr;       // [tokens], already resolved
+  const int32_t* positions = nullptr;       // [tokens]
+  const int32_t* request_of = nullptr;      // [tokens]
+  const int32_t* sample_rows = nullptr;     // [sampled]
+  const int32_t* const* block_tables = nullptr;  // [requests]
+  std::vector<AttentionTask> attention;
+  KvCache cache;
+  const float* rope_cos = nullptr;          // [positions][head_dim / 2]
+  const float* rope_sin = nullptr;
+  float* partials = nullptr;                // split attention: results waiting to be merged
+  std::atomic<int32_t>* partial_counts = nullptr;
+
+  int rows(Rows r) const { return r == Rows::Tokens ? tokens : sampled; }
+  uint8_t* at(const Buffer& b, size_t row = 0) const { return arena + b.offset + row * b.stride; }
+};
+
+struct Worker {
+  Team& team;
+  int thread;
+  int stage;         // barriers passed in this step
+  uint8_t* scratch;  // this thread's own, kScratchBytes
+};
+inline constexpr size_t kScratchBytes = 1 << 20;
+
+struct EmbedArgs {
+  Buffer out;
+  PackedMatrix table;
+};
+struct NormArgs {
+  Buffer x, delta, sum, out;
+  bool has_delta = false;
+  const float* weight = nullptr;
+  int32_t k = 0;
+  float eps = 0;
+  Dtype out_dtype = Dtype::F32;
+  Rows rows = Rows::Tokens;
+};
+struct QuantizeArgs {
+  Buffer x, out;
+  int32_t k = 0;
+  Dtype out_dtype = Dtype::Q8;
+  Rows rows = Rows::Tokens;
+};
+enum class Epilogue : int32_t { None, SiluMul };
+struct LinearArgs {
+  Buffer x, out;
+  PackedMatrix w;
+  Epilogue epilogue = Epilogue::None;
+  Dtype out_dtype = Dtype::F32;
+  Rows rows = Rows::Tokens;
+};
+struct RopeKvArgs {
+  Buffer qkv, q;
+  int32_t heads = 0, kv_heads = 0, head_dim = 0, layer = 0;
+};
+struct AttentionArgs {
+  Buffer q, out;
+  int32_t heads = 0, kv_heads = 0, head_dim = 0, layer = 0;
+  float scale = 0;
+  Dtype out_dtype = Dtype::F32;
+};
+struct SelectArgs {
+  Buffer x, out;
+  size_t row_bytes = 0;
+};
+enum class Elementwise : int32_t { Add, Mul, Silu, SiluMul };
+struct ElementwiseArgs {
+  Buffer a, b, out;
+  int32_t k = 0;
+  Elementwise op = Elementwise::Add;
+  Dtype out_dtype = Dtype::F32;
+  Rows rows = Rows::Tokens;
+};
+struct ConcatArgs {
+  Buffer parts[3], out;
+  int32_t widths[3] = {0, 0, 0};
+  int32_t count = 0;
+  Rows rows = Rows::Tokens;
+};
+
+// One row of sampling parameters: core/types.py SAMPLING_DTYPE.
+struct SamplingRow {
+  uint64_t seed;
+  float temperature, top_p, min_p;
+  int32_t top_k, sample_index, num_logprobs, masked, reserved;
+};
+static_assert(sizeof(SamplingRow) == 40);
+
+struct SampleArgs {
+  const float* logits;
+  int32_t vocab;
+  const SamplingRow* row;
+  int32_t position;         // of the token being sampled
+  const uint32_t* mask;     // allowed tokens, or null
+  int32_t num_top;          // entries of top_ids / top_logprobs
+  int32_t* token;
+  float* logprob;
+  int32_t* top_ids;
+  float* top_logprobs;
+  uint8_t* scratch;         // 12 bytes per token of the vocabulary
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  void (*embed)(const EmbedArgs&, const Step&, Worker&);
+  void (*norm)(const NormArgs&, const Step&, Worker&);
+  void (*quantize)(const QuantizeArgs&, const Step&, Worker&);
+  void (*linear)(const LinearArgs&, const Step&, Worker&);
+  void (*rope_kv)(const RopeKvArgs&, const Step&, Worker&);
+  void (*attention)(const AttentionArgs&, const Step&, Worker&);
+  void (*select)(const SelectArgs&, const Step&, Worker&);
+  void (*elementwise)(const ElementwiseArgs&, const Step&, Worker&);
+  void (*concat)(const ConcatArgs&, const Step&, Worker&);
+  void (*sample)(const SampleArgs&);
+  double (*read_bytes)(const uint8_t* data, size_t bytes, int variant);  // returns a checksum
+  double (*spin_ops)(int kind, long iterations);                        // returns operations done
+};
+
+const Kernels* kernels_generic();
+const Kernels* kernels_avx512();  // null when this build or this processor lacks it
+
+}  // namespace ridgeline

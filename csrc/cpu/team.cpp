@@ -1,0 +1,105 @@
+#include "team.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <fstream>
+#include <string>
+
+namespace ridgeline {
+namespace {
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins until `ready`; gives the core away now and then in case another thread needs it.
+template <class F>
+void spin_until(F&& ready) {
+  for (int i = 0; !ready(); i++) {
+    if (i < 4096) {
+      relax();
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+int cgroup_limit() {
+  double quota = 0, period = 0;
+  std::string word;
+  if (std::ifstream v2("/sys/fs/cgroup/cpu.max"); v2 >> word >> period) {
+    quota = word == "max" ? 0 : std::strtod(word.c_str(), nullptr);
+  } else {
+    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> quota;
+    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
+  }
+  return quota > 0 && period > 0 ? std::max(1, (int)std::ceil(quota / period)) : 1 << 20;
+}
+
+}  // namespace
+
+int available_threads() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  int allowed = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+  return std::max(1, std::min(allowed, cgroup_limit()));
+}
+
+Team::Team(int size) : size_(std::max(1, size)) {
+  for (int t = 1; t < size_; t++) threads_.emplace_back([this, t] { work(t); });
+}
+
+Team::~Team() {
+  stop_.store(true);
+  epoch_.fetch_add(1);
+  epoch_.notify_all();
+  for (std::thread& t : threads_) t.join();
+}
+
+void Team::work(int thread) {
+  uint32_t seen = 0;
+  for (;;) {
+    // About 100 microseconds cover the caller's work between two steps; then sleep.
+    auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+    while (epoch_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
+      for (int i = 0; i < 16; i++) relax();
+    if (epoch_.load(std::memory_order_acquire) == seen) {
+      sleeping_.fetch_add(1);
+      epoch_.wait(seen);
+      sleeping_.fetch_sub(1);
+    }
+    seen = epoch_.load(std::memory_order_acquire);
+    if (stop_.load()) return;
+    (*job_)(thread);
+    barrier();
+  }
+}
+
+void Team::run(const std::function<void(int)>& job) {
+  job_ = &job;
+  cursors_[0].value.store(0);
+  epoch_.fetch_add(1);
+  if (sleeping_.load() > 0) epoch_.notify_all();
+  job(0);
+  barrier();
+}
+
+void Team::barrier() {
+  if (size_ == 1) return;
+  uint32_t generation = generation_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    generation_.store(generation + 1, std::memory_order_release);
+  } else {
+    spin_until([&] { return generation_.load(std::memory_order_acquire) != generation; });
+  }
+}
+
+}  // namespace ridgeline

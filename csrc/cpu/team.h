@@ -1,0 +1,67 @@
+// A persistent team of threads that runs one job at a time, with a barrier between its stages.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace ridgeline {
+
+// Threads this process may use: the smaller of its affinity mask and its cgroup's CPU quota.
+int available_threads();
+
+class Team {
+ public:
+  explicit Team(int size);
+  ~Team();
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int size() const { return size_; }
+
+  // Calls job(thread) once on every thread, the caller being thread 0, and returns when all are done.
+  // Workers spin for a short while after a job, then sleep: an idle team uses no CPU.
+  void run(const std::function<void(int)>& job);
+
+  // Inside a job: waits until every thread of the team is here.
+  void barrier();
+
+  // Inside a job: task indices 0 .. count-1 shared out among the threads, `chunk` at a time. Every
+  // thread calls it once between two barriers; `stage` is the number of barriers passed so far.
+  template <class F>
+  void share(int stage, int count, int chunk, F&& body) {
+    if (size_ == 1) {
+      body(0, count);
+      return;
+    }
+    std::atomic<int>& next = cursors_[stage % 3].value;
+    // Nobody reads the next stage's cursor yet, and everyone will have passed a barrier before.
+    cursors_[(stage + 1) % 3].value.store(0, std::memory_order_relaxed);
+    for (;;) {
+      int begin = next.fetch_add(chunk, std::memory_order_relaxed);
+      if (begin >= count) break;
+      body(begin, begin + chunk < count ? begin + chunk : count);
+    }
+  }
+
+ private:
+  struct alignas(64) Cursor {
+    std::atomic<int> value{0};
+  };
+
+  void work(int thread);
+
+  const int size_;
+  std::vector<std::thread> threads_;
+  const std::function<void(int)>* job_ = nullptr;
+  Cursor cursors_[3];
+  alignas(64) std::atomic<uint32_t> epoch_{0};    // counts jobs; workers wait for it to move
+  alignas(64) std::atomic<int> sleeping_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  std::atomic<bool> stop_{false};
+};
+
+}  // namespace ridgeline

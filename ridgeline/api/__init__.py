@@ -1,0 +1,1 @@
+"""What a user calls: the LLM class and the command line."""

@@ -1,0 +1,54 @@
+"""The command line's entry point: exit codes, and one line for each error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+from ridgeline.core.errors import ConfigError, RidgelineError
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+def main() -> NoReturn:
+    """Run the command line: exit code 0, 1 (failure), 2 (usage) or 130 (interrupt), errors as one line each."""
+    try:
+        code = _run_app()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone
+        _leave(FAILURE)
+    except RidgelineError as error:
+        code = _complain(str(error), USAGE if isinstance(error, ConfigError) else FAILURE)
+    if code == INTERRUPTED:
+        _leave(code)
+    sys.exit(code)
+
+
+def _complain(message: str, code: int) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit at once: threads may still be packing weights, and nothing needs their result."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            pass
+    os._exit(code)
+
+
+def _run_app() -> int:
+    from ridgeline.api.commands import make_command  # imports take time, and may be interrupted
+
+    try:
+        return make_command()(prog_name="ridgeline", standalone_mode=False) or 0
+    except Exception as error:
+        explain = getattr(error, "format_message", None)  # only a usage error has it
+        if explain is None:
+            raise
+        return _complain(f"{str(explain()).rstrip('.')}: see ridgeline --help", USAGE)

@@ -1,0 +1,161 @@
+"""The commands: run, chat and bench. What loads a model is imported by the command that does."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ridgeline.api.flags import with_flags
+from ridgeline.core.errors import ConfigError, RequestError
+from ridgeline.core.types import SamplingParams
+
+if TYPE_CHECKING:
+    from ridgeline.api.llm import LLM
+
+Model = Annotated[str, typer.Argument(help="an alias (smollm2) or the path of a GGUF file")]
+
+
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="the text to complete")],
+    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", help="most tokens to generate")] = 128,
+    *,
+    engine: dict[str, Any],
+    params: dict[str, Any],
+) -> None:
+    """Complete a prompt, streaming, and say how fast it was."""
+    options = _sampling(max_tokens, params)
+    if not prompt:
+        raise ConfigError("the prompt is empty: give -p some text")
+    llm = _load(model, engine)
+    times: list[float] = []
+    for delta in llm.stream(prompt, options):
+        sys.stdout.write(delta.text)
+        sys.stdout.flush()
+        times += [time.perf_counter()] * len(delta.token_ids)
+    first = _since_process_start() - (time.perf_counter() - times[0])
+    print(f"\n\n{_closing_line(llm, len(llm.runtime.tokenizer.encode(prompt)), first, times)}")
+
+
+def chat(
+    model: Model,
+    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", help="most tokens of one answer")] = 512,
+    *,
+    engine: dict[str, Any],
+    params: dict[str, Any],
+) -> None:
+    """Talk with a model; an empty line or the end of input ends it."""
+    options = _sampling(max_tokens, params)
+    llm = _load(model, engine)
+    messages: list[dict[str, str]] = []
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            question = input(prompt)
+        except EOFError:
+            return
+        if not question.strip():
+            return
+        messages.append({"role": "user", "content": question})
+        answer = ""
+        for delta in llm.stream(messages, options):
+            sys.stdout.write(delta.text)
+            sys.stdout.flush()
+            answer += delta.text
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def bench(
+    model: Model,
+    prompt: Annotated[int, typer.Option("-p", "--prompt", help="tokens of the prefill test; 0 leaves it out")] = 512,
+    generate: Annotated[
+        int, typer.Option("-n", "--generate", help="tokens of the decode tests; 0 leaves them out")
+    ] = 128,
+    batch: Annotated[str, typer.Option("-b", "--batch", help="batch sizes of the decode tests, by commas")] = "1,8,32",
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="repetitions of each test")] = 5,
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="table, or json for one line of it after the table")
+    ] = "table",
+    *,
+    engine: dict[str, Any],
+) -> None:
+    """Measure a model's speed and its share of this machine's roofline."""
+    if output not in ("table", "json"):
+        raise ConfigError(f"--output must be table or json, got {output!r}")
+    try:
+        batches = [int(b) for b in batch.split(",")]
+    except ValueError:
+        raise ConfigError(f"--batch must be numbers with commas between, such as 1,8,32, got {batch!r}") from None
+    from ridgeline.api.report import as_json, print_table
+    from ridgeline.perf.bench import run_bench
+
+    llm = _load(model, engine)
+    report = run_bench(llm.runtime, prompt, generate, batches, repetitions)
+    print_table(llm.runtime, report)
+    if output == "json":
+        print(as_json(report))
+
+
+def _load(model: str, engine: dict[str, Any]) -> LLM:
+    from ridgeline.api.llm import LLM
+
+    return LLM(model, **engine)
+
+
+def _sampling(max_tokens: int, params: dict[str, Any]) -> SamplingParams:
+    """Sampling parameters from flags; a bad value is a usage error."""
+    try:
+        return SamplingParams(max_tokens=max_tokens, **params)
+    except RequestError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _since_process_start() -> float:
+    """Seconds since the kernel started this process, to a hundredth: imports count too."""
+    with open("/proc/self/stat") as stat:
+        ticks = int(stat.read().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _closing_line(llm: LLM, prompt: int, first: float, times: list[float]) -> str:
+    """Tokens, time to first token, tokens/s of the decode steps and their share of the roofline."""
+    steps = len(times) - 1
+    line = f"[{len(times)} tokens, first after {first:.2f} s"
+    if steps > 0:
+        from ridgeline.graph.cost import Load
+        from ridgeline.perf.bench import step_share
+        from ridgeline.perf.machine import measure_peaks
+
+        seconds = times[-1] - times[0]
+        loads = [Load.of([(prompt + steps // 2, 1)])] * steps
+        share = step_share(llm.runtime, measure_peaks(llm.config.threads, llm.config.isa, 0.1), loads, seconds)
+        line += f", {steps / seconds:.0f} tokens/s, {share:.0%} of this machine's roofline"
+    return line + "]"
+
+
+def make_command() -> Callable[..., Any]:
+    """The whole command line as one callable, which returns the exit code."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="LLM inference at memory speed.")
+    app.command("run")(with_flags(run, sampling=True))
+    app.command("chat")(with_flags(chat, sampling=True))
+    app.command("bench")(with_flags(bench, sampling=False))
+    app.callback(invoke_without_command=True)(_no_command)
+    return typer.main.get_command(app)
+
+
+def _no_command(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        from ridgeline import __version__
+
+        print(f"ridgeline {__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        raise ConfigError("no command given: run, chat or bench (ridgeline --help tells more)")

@@ -1,0 +1,216 @@
+"""The Python API: a model that generates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from ridgeline.api.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
+from ridgeline.core.config import EngineConfig
+from ridgeline.core.errors import RequestError, RidgelineError
+from ridgeline.core.types import SamplingParams, unknown_argument
+from ridgeline.engine.load import Runtime, load_runtime
+from ridgeline.engine.request import Request
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A loaded model. Not for use from several threads at once.
+
+    Args:
+        model: alias ("smollm2") or path of a GGUF file.
+        **options: fields of EngineConfig, such as ``threads`` or ``max_num_seqs``.
+
+    Raises ModelFileError, UnsupportedError or ConfigError, each with what is wrong and what to do.
+    """
+
+    def __init__(self, model: str = "smollm2", **options: Any) -> None:
+        self.config = EngineConfig(model=model, **options)
+        self._runtime: Runtime | None = load_runtime(self.config)
+
+    @property
+    def runtime(self) -> Runtime:
+        """The parts it is made of: model, plan, executor, engine, tokenizer. Raises RequestError once closed."""
+        if self._runtime is None:
+            raise RequestError("this LLM is closed: make a new one")
+        return self._runtime
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **unknown: Any,
+    ) -> list[RequestOutput]:
+        """Complete prompts, as many at once as fit; results are in the order of the prompts.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of these.
+            sampling_params: one for all, or one for each; vLLM's defaults when None.
+
+        Raises RequestError, before anything runs, when one of them can never be served.
+        """
+        _refuse("LLM.generate", unknown, ["prompts", "sampling_params"])
+        inputs = _as_prompts(prompts)
+        return self._run([(p if isinstance(p, str) else None, self._encode(p)) for p in inputs], sampling_params)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **unknown: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, a list of ``{"role": ..., "content": ...}``, or a list of conversations.
+
+        The model's own chat template is used; what a message says never becomes a control token.
+        """
+        _refuse("LLM.chat", unknown, ["messages", "sampling_params"])
+        if not messages:
+            raise RequestError("there are no messages: give at least one")
+        several = not isinstance(messages[0], Mapping)
+        conversations: Any = messages if several else [messages]
+        return self._run([(None, self._encode_chat(c)) for c in conversations], sampling_params)
+
+    def stream(
+        self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None, **unknown: Any
+    ) -> Iterator[StreamDelta]:
+        """Complete one prompt (or conversation), piece by piece as it is generated.
+
+        The request is checked at once and starts with the first ``next``; closing the iterator drops it.
+        """
+        _refuse("LLM.stream", unknown, ["prompt", "sampling_params"])
+        ids = self._encode_chat(prompt) if _is_chat(prompt) else self._encode(prompt)  # type: ignore[arg-type]
+        request = self.runtime.engine.make_request(ids, _params_for(1, sampling_params)[0], stream=True)
+        return self._deltas(request)
+
+    def _deltas(self, request: Request) -> Iterator[StreamDelta]:
+        engine, text = self.runtime.engine, request.text
+        assert text is not None
+        sent = 0
+        engine.submit([request])
+        try:
+            while True:
+                if sent == len(request.output_ids):
+                    if request.finish_reason is not None:
+                        break
+                    engine.step()
+                ids = request.output_ids[sent:]  # another stream's step may have served this one too
+                if ids:
+                    sent += len(ids)
+                    yield StreamDelta(text.take(), ids, request.finish_reason)
+            _need_whole(request)
+        finally:
+            engine.abort(request)
+
+    def _run(
+        self,
+        inputs: Sequence[tuple[str | None, Sequence[int]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[RequestOutput]:
+        engine = self.runtime.engine
+        params = _params_for(len(inputs), sampling_params)
+        requests = [engine.make_request(ids, p) for (_, ids), p in zip(inputs, params, strict=True)]
+        try:
+            engine.submit(requests)
+            while any(r.finish_reason is None for r in requests):
+                engine.step()
+        finally:
+            for request in requests:
+                engine.abort(request)
+        for request in requests:
+            _need_whole(request)
+        return [
+            RequestOutput(prompt, list(ids), [self._completion(r)])
+            for (prompt, ids), r in zip(inputs, requests, strict=True)
+        ]
+
+    def _completion(self, request: Request) -> CompletionOutput:
+        tokenizer = self.runtime.tokenizer
+        ids = request.output_ids
+        if request.text is not None:
+            text = request.text.text
+        else:
+            kept = ids[:-1] if ids and ids[-1] in request.stop_ids else ids
+            text = tokenizer.decode(kept, continuation=True)
+        return CompletionOutput(0, text, ids, self._logprobs(request), request.finish_reason)
+
+    def _logprobs(self, request: Request) -> list[dict[int, Logprob]] | None:
+        if request.logprobs is None:
+            return None
+        result = []
+        for token, (own, best, values) in zip(request.output_ids, request.logprobs, strict=True):
+            ranked = {t: (value, rank) for rank, (t, value) in enumerate(zip(best, values, strict=True), 1)}
+            ranked.setdefault(token, (own, None))  # type: ignore[arg-type]
+            result.append({t: Logprob(v, rank, self._token_text(t)) for t, (v, rank) in ranked.items()})
+        return result
+
+    def _token_text(self, token: int) -> str:
+        return self.runtime.tokenizer.decode([token], skip_special=False, continuation=True)
+
+    def _encode(self, prompt: Prompt) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if not prompt:
+            raise RequestError("the prompt is empty: give at least one token")
+        return self.runtime.tokenizer.encode(prompt)
+
+    def _encode_chat(self, messages: Sequence[Message]) -> Sequence[int]:
+        return self.runtime.chat_template().encode(list(messages), self.runtime.tokenizer, add_generation_prompt=True)
+
+    def close(self) -> None:
+        """Let the model's memory and threads go; the LLM cannot be used after."""
+        self._runtime = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _refuse(owner: str, unknown: Mapping[str, Any], known: list[str]) -> None:
+    for name in unknown:
+        raise RequestError(unknown_argument(owner, name, known))
+
+
+def _need_whole(request: Request) -> None:
+    if request.finish_reason == "abort":
+        raise RidgelineError("the request was dropped because a step beside it failed: send it again")
+
+
+def _is_chat(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _as_prompts(prompts: Any) -> list[Prompt]:
+    """One or several prompts as a list of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Sequence) and not hasattr(prompts, "__array__"):
+        raise RequestError(
+            f"prompts must be a text, a list of token ids or a list of these, got {type(prompts).__name__}"
+        )
+    items = list(prompts)
+    if items and all(not isinstance(p, str) and not hasattr(p, "__len__") for p in items):
+        return [items]
+    for prompt in items:
+        if not isinstance(prompt, str) and (isinstance(prompt, Mapping) or not hasattr(prompt, "__len__")):
+            raise RequestError(f"a prompt must be a text or a list of token ids, got {type(prompt).__name__}")
+    return items
+
+
+def _params_for(number: int, params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
+    """``number`` sampling parameters from none, one for all, or one for each."""
+    if params is None:
+        params = SamplingParams()
+    several = list(params) if isinstance(params, Sequence) else [params] * number
+    if len(several) != number:
+        raise RequestError(f"{number} prompts came with {len(several)} sampling parameters: give one, or one for each")
+    for p in several:
+        if not isinstance(p, SamplingParams):
+            raise RequestError(f"sampling_params must be SamplingParams, got {type(p).__name__}")
+    return several

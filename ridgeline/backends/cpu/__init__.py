@@ -1,0 +1,1 @@
+"""The CPU backend: lowers a plan to the native executor (``csrc/cpu``)."""

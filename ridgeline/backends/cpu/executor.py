@@ -1,0 +1,185 @@
+"""Runs a plan on the CPU: lowers it once to the native interpreter, then hands it flat batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from ridgeline.backends.cpu import _native
+from ridgeline.backends.cpu.lowering import Lowering, packed_weight_bytes
+from ridgeline.core.errors import ConfigError, ModelFileError, RidgelineError, UnsupportedError
+from ridgeline.core.types import Batch, Float32, StepOutput, Ticket, TokenMasks
+from ridgeline.graph.ir import Value, bound
+from ridgeline.graph.plan import Plan
+from ridgeline.weights.tensor import WeightTensor
+
+NO_UPDATES = np.zeros((0, 3), np.int32)
+
+
+class StoredWeight(Protocol):
+    """A weight as it lies in its file; ``models.load.Weight`` is one."""
+
+    @property
+    def tensor(self) -> WeightTensor: ...
+
+    @property
+    def row_order(self) -> Any: ...
+
+    def values(self) -> Float32: ...
+
+
+class CpuExecutor:
+    """The executor contract of ``core.types.Executor`` on native kernels; one step at a time.
+
+    A step runs inside ``launch``; ``finish`` samples the rows flagged as masked and hands the results over.
+    The bits of a row depend on neither the rows beside it, nor the chunks its prompt came in, nor the threads.
+
+    Attributes:
+        native: the extension's executor.
+        isa: instruction set in use; threads: size of the team.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[str, StoredWeight],
+        *,
+        num_slots: int,
+        num_blocks: list[int],
+        max_blocks_per_slot: int,
+        threads: int | None = None,
+        isa: str | None = None,
+        packed: Callable[[WeightTensor], None] | None = None,
+    ) -> None:
+        """Allocates the cache and packs the weights.
+
+        Args:
+            plan: compiled for ``cpu_target``.
+            weights: by the names the plan uses.
+            num_slots: requests that may run at once.
+            num_blocks: blocks of 16 tokens in each cache group (one group).
+            max_blocks_per_slot: most blocks of one request.
+            threads: size of the team; None takes what affinity and cgroup allow.
+            isa: "avx512" or "generic"; None takes the best this processor has.
+            packed: called with each file tensor once nothing reads it any more.
+
+        Raises:
+            ConfigError: an instruction set this machine lacks, or a block size the kernels do not have.
+            UnsupportedError: an operator, format or head size without a native kernel.
+            ModelFileError: a weight that holds NaN or infinity, by name.
+        """
+        if len(plan.caches) != 1 or plan.caches[0].kind != "full":
+            raise UnsupportedError("the CPU executor runs models with one group of full-attention layers")
+        if plan.caches[0].block_size != 16:
+            raise ConfigError(f"the CPU kernels keep 16 tokens in a KV block, not {plan.caches[0].block_size}")
+        isas = _native.available_isas()
+        if isa is not None and isa not in isas:
+            raise ConfigError(f"isa {isa!r} cannot run on this machine: use {' or '.join(isas)}")
+        spec, ops = plan.caches[0], [op for segment in plan.segments for op in segment.ops]
+        attention = next(op for op in ops if op.op == "attention")
+        rope = next(op for op in ops if op.op == "rope_kv_write")
+        logits = plan.outputs["logits"]
+        config = {
+            "isa": isa or "",
+            "threads": threads or 0,
+            "max_tokens": bound(plan.inputs["token_ids"].shape[0]),
+            "max_sampled": bound(logits.shape[0]),
+            "num_slots": num_slots,
+            "max_blocks_per_slot": max_blocks_per_slot,
+            "num_blocks": num_blocks[0],
+            "layers": len(spec.layers),
+            "heads": attention.attrs["num_heads"],
+            "kv_heads": spec.num_kv_heads,
+            "head_dim": spec.head_dim,
+            "vocab": bound(logits.shape[1]),
+            "kv_dtype": spec.dtype,
+            "arena_bytes": plan.arena_bytes,
+            "weight_bytes": packed_weight_bytes(plan),
+            "rope_frequency": _rope_frequencies(rope.attrs),
+        }
+        try:
+            self.native = _native.Executor(config)
+        except ValueError as error:
+            raise UnsupportedError(str(error)) from None
+        self.isa, self.threads = self.native.isa, self.native.threads
+        lowering = Lowering(plan, self.native, self._pack_all(plan, weights, packed), weights)
+        lowering.run()
+        self._open: Ticket | None = None
+        self._count = 0
+
+    def _pack_all(
+        self,
+        plan: Plan,
+        weights: Mapping[str, StoredWeight],
+        packed: Callable[[WeightTensor], None] | None,
+    ) -> dict[str, _native.PackedMatrix]:
+        """Packs every matrix of the plan, in the order the plan reads them."""
+        result = {}
+        for value in plan.weights.values():
+            if len(value.shape) == 2:
+                result[value.name] = self._pack(value, [weights[name] for name in value.info.parts])
+                for name in value.info.parts if packed else ():
+                    packed(weights[name].tensor)  # type: ignore[misc]
+        return result
+
+    def _pack(self, value: Value, parts: list[StoredWeight]) -> _native.PackedMatrix:
+        info = value.info
+        sources = [(p.tensor.data, p.row_order) for p in parts]
+        try:
+            matrix, bad = self.native.pack(sources, info.format.name, bound(value.shape[1]), info.interleave)
+        except ValueError as error:
+            raise UnsupportedError(f"{', '.join(p.tensor.name for p in parts)}: {error}") from None
+        if bad >= 0:
+            names = ", ".join(p.tensor.name for p in parts)
+            raise ModelFileError(f"{names}: the weights hold NaN or infinity; the file is damaged: get it again")
+        return matrix
+
+    @property
+    def last_logits(self) -> Float32:
+        """[S, vocab] of the last step."""
+        return self.native.logits()
+
+    def launch(self, batch: Batch) -> Ticket:
+        """Runs a step. Raises RidgelineError when the last one is not finished or the batch is malformed."""
+        if self._open is not None:
+            raise RidgelineError("the CPU executor runs one step at a time: finish the open ticket first")
+        updates = batch.block_updates[0] if batch.block_updates else NO_UPDATES
+        try:
+            self.native.launch(
+                batch.token_ids,
+                batch.positions,
+                batch.slots,
+                batch.query_starts,
+                batch.context_lens,
+                batch.sample_rows,
+                batch.sampling,
+                updates,
+            )
+        except ValueError as error:
+            raise RidgelineError(f"malformed batch: {error}") from None
+        self._count += 1
+        self._open = Ticket(self._count)
+        return self._open
+
+    def finish(self, ticket: Ticket, masks: TokenMasks | None = None) -> StepOutput:
+        """Samples flagged rows under ``masks`` and returns the step's results."""
+        if ticket != self._open:
+            raise RidgelineError(f"ticket {ticket.number} is not open: finish each ticket exactly once")
+        self._open = None
+        try:
+            tokens, logprobs, top_ids, top_logprobs = self.native.finish(None if masks is None else masks.bits)
+        except ValueError as error:
+            raise RidgelineError(str(error)) from None
+        return StepOutput(tokens, np.ones(len(tokens), np.int32), logprobs, top_ids, top_logprobs)
+
+
+def _rope_frequencies(attrs: Mapping[str, Any]) -> list[float]:
+    dim = attrs["head_dim"]
+    exponents = np.arange(0, dim, 2, dtype=np.float64) / dim
+    frequencies = attrs["theta"] ** -exponents
+    if attrs["freq_factors"] is not None:
+        frequencies = frequencies / np.asarray(attrs["freq_factors"], np.float64)
+    return [float(f) for f in frequencies]
+

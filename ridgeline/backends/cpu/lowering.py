@@ -1,0 +1,153 @@
+"""From a plan's operators to the native interpreter's: buffers become places, weights packed matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ridgeline.backends.cpu import _native
+from ridgeline.core.errors import UnsupportedError
+from ridgeline.core.types import Float32
+from ridgeline.graph.ir import Sym, Value, bound
+from ridgeline.graph.plan import Plan, PlanOp
+
+Place = tuple[int, int]
+
+
+def packed_weight_bytes(plan: Plan) -> int:
+    """Bytes of all matrices of a plan once packed. Raises UnsupportedError for a shape without a layout."""
+    total = 0
+    for value in plan.weights.values():
+        if len(value.shape) != 2:
+            continue
+        try:
+            total += _native.packed_bytes(value.info.format.name, bound(value.shape[0]), bound(value.shape[1]))
+        except ValueError as error:
+            raise UnsupportedError(f"weight {value.name}: {error}") from None
+    return total
+
+
+class Lowering:
+    """Adds every operator of ``plan`` to ``native``, in order. One method per operator, by its name."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        native: _native.Executor,
+        matrices: Mapping[str, _native.PackedMatrix],
+        weights: Mapping[str, Any],
+    ) -> None:
+        self._plan, self._native, self._matrices, self._weights = plan, native, matrices, weights
+
+    def run(self) -> None:
+        """Raises UnsupportedError for an operator without a native kernel."""
+        for op in (op for segment in self._plan.segments for op in segment.ops):
+            method: Callable[[PlanOp, str], None] | None = getattr(self, f"_lower_{op.op}", None)
+            if method is None:
+                raise UnsupportedError(f"the CPU executor has no kernel for operator {op.op!r}")
+            try:
+                method(op, op.outputs[0].name or op.op)
+            except ValueError as error:
+                raise UnsupportedError(f"operator {op.op!r}: {error}") from None
+        self._native.set_logits(self._place(self._plan.outputs["logits"]))
+
+    def _place(self, value: Value) -> Place:
+        buffer = self._plan.buffers[value.id]
+        return buffer.offset, buffer.row_bytes
+
+    def _vector(self, value: Value) -> Float32:
+        parts = [self._weights[name].values() for name in value.info.parts]
+        return np.ascontiguousarray(np.concatenate(parts), np.float32)
+
+    def _lower_embed(self, op: PlanOp, name: str) -> None:
+        self._native.add_embed(f"embed {name}", self._place(op.outputs[0]), self._matrices[op.inputs[1].name])
+
+    def _lower_rms_norm(self, op: PlanOp, name: str) -> None:
+        x, weight = op.inputs
+        self._norm(op, name, x, None, None, weight, op.outputs[0])
+
+    def _lower_add_rms_norm(self, op: PlanOp, name: str) -> None:
+        x, delta, weight = op.inputs
+        total, out = op.outputs
+        self._norm(op, name, x, delta, total, weight, out)
+
+    def _norm(
+        self, op: PlanOp, name: str, x: Value, delta: Value | None, total: Value | None, weight: Value, out: Value
+    ) -> None:
+        self._native.add_norm(
+            f"norm {name}",
+            self._place(x),
+            self._place(delta) if delta else None,
+            self._place(total) if total else None,
+            self._place(out),
+            self._vector(weight),
+            op.attrs["eps"],
+            out.dtype,
+            _rows(out),
+        )
+
+    def _lower_quantize(self, op: PlanOp, name: str) -> None:
+        (x,), (out,) = op.inputs, op.outputs
+        self._native.add_quantize(
+            f"quantize {name}", self._place(x), self._place(out), bound(x.shape[1]), out.dtype, _rows(out)
+        )
+
+    def _lower_linear(self, op: PlanOp, name: str) -> None:
+        x, weight = op.inputs
+        out = op.outputs[0]
+        gated = op.attrs["epilogue"] == "silu_mul"
+        matrix = self._matrices[weight.name]
+        self._native.add_linear(
+            f"linear {weight.name}", self._place(x), self._place(out), matrix, gated, out.dtype, _rows(out)
+        )
+
+    def _lower_rope_kv_write(self, op: PlanOp, name: str) -> None:
+        qkv, _, cache = op.inputs
+        self._native.add_rope_kv(f"rope_kv {name}", self._place(qkv), self._place(op.outputs[0]), _layer(cache))
+
+    def _lower_attention(self, op: PlanOp, name: str) -> None:
+        q, cache = op.inputs
+        out = op.outputs[0]
+        if op.attrs["window"] is not None:
+            raise UnsupportedError("the CPU executor has no sliding-window attention")
+        self._native.add_attention(
+            f"attention {name}", self._place(q), self._place(out), _layer(cache), op.attrs["scale"], out.dtype
+        )
+
+    def _lower_select_rows(self, op: PlanOp, name: str) -> None:
+        self._native.add_select(f"select {name}", self._place(op.inputs[0]), self._place(op.outputs[0]))
+
+    def _lower_concat(self, op: PlanOp, name: str) -> None:
+        out = op.outputs[0]
+        parts = [(self._place(v), bound(v.shape[1])) for v in op.inputs]
+        self._native.add_concat(f"concat {name}", parts, self._place(out), _rows(out))
+
+    def _elementwise(self, op: PlanOp, name: str) -> None:
+        out = op.outputs[0]
+        x, y = op.inputs[0], op.inputs[-1]
+        self._native.add_elementwise(
+            f"{op.op} {name}",
+            op.op,
+            self._place(x),
+            self._place(y),
+            self._place(out),
+            bound(out.shape[1]),
+            out.dtype,
+            _rows(out),
+        )
+
+    _lower_add = _lower_mul = _lower_silu = _lower_silu_mul = _elementwise
+
+
+def _layer(cache: Value) -> int:
+    assert cache.cache is not None, f"{cache.name} is not a cache"
+    return cache.cache.layer
+
+
+def _rows(value: Value) -> str:
+    rows = value.shape[0]
+    if not isinstance(rows, Sym):
+        raise UnsupportedError(f"{value.name} has {rows} rows: the CPU executor runs values with T or S rows")
+    return rows.name

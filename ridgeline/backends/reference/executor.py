@@ -1,0 +1,176 @@
+"""Runs naive graphs and compiled plans in numpy, over a paged cache, with sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ridgeline.backends.reference.cache import PagedCache, StepContext
+from ridgeline.backends.reference.numerics import Array
+from ridgeline.backends.reference.ops import run_op
+from ridgeline.backends.reference.sampling import Sampled, sample
+from ridgeline.core.types import Batch, Int32, StepOutput, Ticket, TokenMasks
+from ridgeline.graph.ir import Graph, Value, WeightInfo
+from ridgeline.graph.plan import Plan
+
+
+class HasValues(Protocol):
+    """A weight that can be dequantized; ``models.load.Weight`` is one."""
+
+    def values(self) -> Array: ...
+
+
+def weight_array(info: WeightInfo, weights: Mapping[str, HasValues], dtype: Any) -> Array:
+    """The dequantized weight of a graph: its parts concatenated along N, or interleaved."""
+    parts = [weights[name].values().astype(dtype) for name in info.parts]
+    if info.interleave:
+        blocks = [p.reshape(-1, 1, info.interleave, p.shape[-1]) for p in parts]
+        return np.concatenate(blocks, axis=1).reshape(-1, parts[0].shape[-1])
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+@dataclass
+class _Step:
+    batch: Batch
+    logits: Array
+    sampled: list[Sampled | None]
+
+
+class ReferenceExecutor:
+    """The executor contract of ``core.types.Executor`` in numpy.
+
+    Attributes:
+        last_logits: [S, vocab] of the last step launched.
+    """
+
+    def __init__(
+        self,
+        plan: Plan | Graph,
+        weights: Mapping[str, HasValues],
+        *,
+        num_slots: int,
+        num_blocks: list[int],
+        max_blocks_per_slot: int,
+        threads: int | None = None,
+        isa: str | None = None,
+        dtype: Any = np.float32,
+    ) -> None:
+        """Dequantizes the weights and allocates the cache.
+
+        Args:
+            plan: a compiled plan, or a model's graph as it is.
+            weights: by name.
+            num_slots: requests that may run at once.
+            num_blocks: blocks of each cache group.
+            max_blocks_per_slot: most blocks of one request.
+            threads, isa: taken for likeness with native executors; results never depend on them.
+            dtype: compute type of every operator.
+        """
+        self.graph = plan.graph if isinstance(plan, Plan) else plan
+        self._dtype = dtype
+        self._weights: dict[Value, Array] = {
+            v: weight_array(v.info, weights, dtype) for v in self.graph.weights.values()
+        }
+        self._caches = {v: self._empty_cache(v, num_blocks) for v in self.graph.inputs.values() if v.cache}
+        self._tables: list[Int32] = [np.zeros((num_slots, max_blocks_per_slot), np.int32) for _ in num_blocks]
+        self._last_token = np.zeros(num_slots, np.int32)
+        self._steps: dict[int, _Step] = {}
+        self._launched = 0
+        self._dead_after = _dead_after(self.graph)
+        self.last_logits: Array = np.empty((0, 0), np.float32)
+
+    def _empty_cache(self, value: Value, num_blocks: list[int]) -> PagedCache:
+        info = value.cache
+        assert info is not None
+        size = self.graph.caches[info.group].block_size
+        return PagedCache.empty(
+            num_blocks[info.group], size, info.num_kv_heads, info.head_dim, info.dtype, info.group, self._dtype
+        )
+
+    def launch(self, batch: Batch) -> Ticket:
+        """Runs a step and samples every row not flagged as masked."""
+        for table, updates in zip(self._tables, batch.block_updates, strict=True):
+            table[updates[:, 0], updates[:, 1]] = updates[:, 2]
+        logits = self._run(batch)
+        self.last_logits = logits
+        step = _Step(batch, logits, [None] * len(batch.sample_rows))
+        for i in range(len(batch.sample_rows)):
+            if not batch.sampling[i]["masked"]:
+                self._sample(step, i, None)
+        self._launched += 1
+        self._steps[self._launched] = step
+        return Ticket(self._launched)
+
+    def finish(self, ticket: Ticket, masks: TokenMasks | None = None) -> StepOutput:
+        """Samples flagged rows under ``masks`` (in row order) and hands out the step's tokens.
+
+        Raises ValueError for a ticket not open, or masks that do not match the flagged rows.
+        """
+        step = self._steps.pop(ticket.number, None)
+        if step is None:
+            raise ValueError(f"ticket {ticket.number} is not open")
+        flagged = [i for i, s in enumerate(step.sampled) if s is None]
+        if len(flagged) != (0 if masks is None else len(masks.bits)):
+            raise ValueError(
+                f"{len(flagged)} rows wait for a token mask, got {0 if masks is None else len(masks.bits)}"
+            )
+        for i, row in enumerate(flagged):
+            assert masks is not None
+            bits = np.unpackbits(masks.bits[i].astype("<u4").view(np.uint8), bitorder="little")
+            self._sample(step, row, bits[: step.logits.shape[1]].astype(bool))
+        return _output([s for s in step.sampled if s is not None])
+
+    def _sample(self, step: _Step, i: int, allowed: Any) -> None:
+        batch = step.batch
+        row = int(batch.sample_rows[i])
+        step.sampled[i] = result = sample(step.logits[i], batch.sampling[i], int(batch.positions[row]) + 1, allowed)
+        request = int(np.searchsorted(batch.query_starts, row, side="right")) - 1
+        self._last_token[batch.slots[request]] = result.token
+
+    def _run(self, batch: Batch) -> Array:
+        """The step's logits: [S, vocab]."""
+        context = StepContext.of(batch, self._tables)
+        tokens = np.where(batch.token_ids < 0, self._last_token[context.token_slots()], batch.token_ids)
+        arrays = {"token_ids": tokens, "positions": batch.positions, "sample_rows": batch.sample_rows, **batch.extras}
+        live: dict[Value, Any] = {v: arrays[name] for name, v in self.graph.inputs.items() if not v.cache}
+        live.update(self._caches)
+        for step, node in enumerate(self.graph.nodes):
+            inputs = [self._weights[v] if v.dtype == "weight" else live[v] for v in node.inputs]
+            outputs = run_op(node.op, inputs, node.attrs, self._dtype, context)
+            live.update(zip(node.outputs, outputs, strict=True))
+            for value in self._dead_after[step]:
+                live.pop(value, None)
+        logits: Array = live[self.graph.outputs["logits"]].astype(np.float32)
+        return logits
+
+
+def _dead_after(graph: Graph) -> list[list[Value]]:
+    """Per node, the values nobody reads after it."""
+    last: dict[Value, int] = {}
+    for step, node in enumerate(graph.nodes):
+        last.update({v: step for v in (*node.inputs, *node.outputs)})
+    dead: list[list[Value]] = [[] for _ in graph.nodes]
+    outputs = set(graph.outputs.values())
+    for value, step in last.items():
+        if value not in outputs and value.dtype not in ("weight", "cache"):
+            dead[step].append(value)
+    return dead
+
+
+def _output(sampled: list[Sampled]) -> StepOutput:
+    width = max((len(s.top_ids) for s in sampled), default=0)
+    top_ids = np.full((len(sampled), width), -1, np.int32)
+    top_logprobs = np.full((len(sampled), width), np.nan, np.float32)
+    for i, s in enumerate(sampled):
+        top_ids[i, : len(s.top_ids)] = s.top_ids
+        top_logprobs[i, : len(s.top_ids)] = s.top_logprobs
+    return StepOutput(
+        np.array([s.token for s in sampled], np.int32),
+        np.ones(len(sampled), np.int32),
+        np.array([s.logprob for s in sampled], np.float32),
+        top_ids,
+        top_logprobs,
+    )

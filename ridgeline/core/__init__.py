@@ -1,0 +1,1 @@
+"""The ground floor: types every other package shares. Imports nothing internal."""

@@ -1,0 +1,98 @@
+"""Engine options: one dataclass, from whose fields the command line's flags are generated."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ridgeline.core.errors import ConfigError
+from ridgeline.core.types import unknown_argument
+
+KV_DTYPES = ("auto", "bf16", "f16", "f32")
+BACKENDS = ("cpu", "reference")
+ISAS = ("generic", "avx512")
+
+_DEFAULT_POOL_TOKENS = 2048  # per sequence, when the pool's size is left to us
+_KV_CHUNK = 256  # attention's partial results cover this many tokens; a block must divide it
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine is built from. Raises ConfigError for a value that cannot work.
+
+    Every field's help text lives in its metadata; ``kv blocks`` are ``block_size`` tokens each.
+    """
+
+    model: str = _option("smollm2", "alias or path of a GGUF file")
+    backend: str = _option("cpu", "cpu: native kernels; reference: numpy, slow and exact", BACKENDS)
+    threads: int | None = _option(None, "CPU threads (default: what affinity and cgroup allow)")
+    isa: str | None = _option(None, "force an instruction set (default: $RIDGELINE_ISA, or the best here)", ISAS)
+    kv_dtype: str = _option("auto", "number format of the KV cache", KV_DTYPES)
+    max_num_seqs: int = _option(32, "most requests in one step")
+    max_num_batched_tokens: int = _option(512, "most tokens in one step")
+    max_model_len: int | None = _option(None, "longest sequence, prompt and output (default: the model's context)")
+    block_size: int = _option(16, "tokens in a block of the KV cache")
+    num_kv_blocks: int | None = _option(
+        None, "blocks in the KV cache (default: 2048 tokens for each of max_num_seqs); memory is taken as it is used"
+    )
+    seed: int | None = _option(None, "draws the seeds of requests that bring none (default: from the system)")
+
+    def __init__(self, **values: Any) -> None:
+        known = {f.name: f.default for f in fields(type(self))}
+        for name in values:
+            if name not in known:
+                raise ConfigError(unknown_argument("EngineConfig", name, list(known)))
+        for name, default in known.items():
+            object.__setattr__(self, name, values.get(name, default))
+        if self.isa is None:
+            object.__setattr__(self, "isa", os.environ.get("RIDGELINE_ISA") or None)
+        self._check()
+
+    def _check(self) -> None:
+        if not isinstance(self.model, (str, os.PathLike)) or not os.fspath(self.model):
+            raise ConfigError(f"model must be an alias or a path, got {self.model!r}")
+        object.__setattr__(self, "model", os.fspath(self.model))
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            self._need_int(name, 1)
+        for name in ("threads", "max_model_len", "num_kv_blocks", "seed"):
+            if getattr(self, name) is not None:
+                self._need_int(name, 0 if name == "seed" else 1)
+        for f in fields(self):
+            choices, value = f.metadata["choices"], getattr(self, f.name)
+            if choices and value is not None and value not in choices:
+                raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+        if _KV_CHUNK % self.block_size:
+            raise ConfigError(f"block_size must divide {_KV_CHUNK}, got {self.block_size}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running request decodes one token a step"
+            )
+
+    def _need_int(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+    def model_len(self, context_length: int) -> int:
+        """Longest sequence in tokens, given the model's own ``context_length``; raises ConfigError above it."""
+        if self.max_model_len is None:
+            return context_length
+        if self.max_model_len > context_length:
+            raise ConfigError(
+                f"max_model_len is {self.max_model_len}, but the model's context is {context_length} tokens"
+            )
+        return self.max_model_len
+
+    def pool_blocks(self, context_length: int) -> int:
+        """Blocks of a cache: what is asked for, or room for every sequence and for one at full length."""
+        if self.num_kv_blocks is not None:
+            return self.num_kv_blocks
+        longest = self.model_len(context_length)
+        each = -(-min(longest, _DEFAULT_POOL_TOKENS) // self.block_size)
+        return max(self.max_num_seqs * each, -(-longest // self.block_size))

@@ -1,0 +1,23 @@
+"""Every error a user can meet. Each message names what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class RidgelineError(Exception):
+    """Base of all errors raised on purpose; the command line prints it as one line."""
+
+
+class ModelFileError(RidgelineError):
+    """A model file is missing, truncated, misshapen or lies about itself."""
+
+
+class UnsupportedError(RidgelineError):
+    """A requested feature, architecture or tensor type that this build does not honour."""
+
+
+class RequestError(RidgelineError, ValueError):
+    """A request that can never be served: empty or too long a prompt, bad sampling parameters."""
+
+
+class ConfigError(RidgelineError, ValueError):
+    """An engine option with a value that cannot work."""

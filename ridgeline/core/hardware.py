@@ -1,0 +1,35 @@
+"""Peak rates: datasheet figures of accelerators; a CPU's are measured where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Peak rates of a machine, per second; an operation is a multiply or an add.
+
+    Attributes:
+        bandwidth: bytes read from memory.
+        int8, bf16, f32: dot-product operations by kind of operand.
+        fp8: the same for 8-bit floats; 0 where there are no units for them.
+    """
+
+    bandwidth: float
+    int8: float
+    bf16: float
+    f32: float
+    fp8: float = 0.0
+
+
+DATASHEET: dict[str, Peaks] = {
+    # NVIDIA A100 Tensor Core GPU datasheet (2021): dense; f32 is the FP32 rate, not TF32.
+    "a100-sxm4-40gb": Peaks(1.555e12, 624e12, 312e12, 19.5e12),
+    "a100-sxm4-80gb": Peaks(2.039e12, 624e12, 312e12, 19.5e12),
+    "a100-pcie-80gb": Peaks(1.935e12, 624e12, 312e12, 19.5e12),
+    # NVIDIA H100 Tensor Core GPU datasheet (2023), halved: it quotes sparse rates. H200's is the same chip.
+    "h100-sxm5-80gb": Peaks(3.35e12, 1979e12, 989.4e12, 66.9e12, 1979e12),
+    "h100-pcie-80gb": Peaks(2.0e12, 1513e12, 756.5e12, 51.2e12, 1513e12),
+    "h200-sxm-141gb": Peaks(4.8e12, 1979e12, 989.4e12, 66.9e12, 1979e12),
+}
+"""Dense peaks by device, as the makers state them."""

@@ -1,0 +1,189 @@
+"""The contract between the engine and an executor: flat int32 batches in, sampled tokens out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ridgeline.core.errors import RequestError
+
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+
+SAMPLING_DTYPE = np.dtype(
+    [
+        ("seed", "<u8"),  # Philox key
+        ("temperature", "<f4"),  # 0 = greedy
+        ("top_p", "<f4"),
+        ("min_p", "<f4"),
+        ("top_k", "<i4"),  # 0 = off
+        ("sample_index", "<i4"),  # which of the n samples of one request
+        ("num_logprobs", "<i4"),  # -1 = none, k = the sampled token's and the k best
+        ("masked", "<i4"),  # 1 = sampled by finish(), under a token mask
+        ("reserved", "<i4"),
+    ],
+    align=True,
+)
+"""One row of sampling parameters, read as it is by the native sampler (40 bytes)."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to turn logits into tokens, with vLLM's names and defaults.
+
+    Raises RequestError on construction for a value that cannot work.
+
+    Attributes:
+        temperature: divides the logits; 0 means greedy.
+        top_k: keep the k most likely tokens (0 or -1: all).
+        top_p: keep the smallest set with at least this probability, in (0, 1].
+        min_p: drop tokens below this share of the most likely one's probability, in [0, 1].
+        max_tokens: most tokens to generate, at least 1.
+        seed: 64-bit seed; the same seed gives the same tokens. None draws one.
+        stop: strings that end the text; they are not part of the result.
+        stop_token_ids: tokens that end the text.
+        ignore_eos: go on past the end-of-text token.
+        logprobs: return the sampled token's log probability and the k best (None: neither).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_tokens: int = 16
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __init__(self, **values: Any) -> None:
+        known = {f.name: f.default for f in fields(type(self))}
+        for name in values:
+            if name not in known:
+                raise RequestError(unknown_argument("SamplingParams", name, list(known)))
+        for name, default in known.items():
+            object.__setattr__(self, name, values.get(name, default))
+        stop = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._check()
+
+    def _check(self) -> None:
+        def need(ok: bool, name: str, what: str) -> None:
+            if not ok:
+                raise RequestError(f"{name} must be {what}, got {getattr(self, name)!r}")
+
+        def real(value: object) -> bool:
+            return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+        def whole(value: object) -> bool:
+            return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+        need(
+            real(self.temperature) and math.isfinite(self.temperature) and self.temperature >= 0,
+            "temperature",
+            "a number of at least 0 (0 is greedy)",
+        )
+        need(whole(self.top_k) and self.top_k >= -1, "top_k", "an integer of at least -1 (-1 or 0: all)")
+        need(real(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        need(real(self.min_p) and 0 <= self.min_p <= 1, "min_p", "from 0 to 1")
+        need(whole(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "an integer of at least 1")
+        need(
+            self.seed is None or (whole(self.seed) and 0 <= self.seed < 2**64),
+            "seed",
+            "an integer from 0 to 2**64 - 1",
+        )
+        need(
+            self.logprobs is None or (whole(self.logprobs) and 0 <= self.logprobs <= 64),
+            "logprobs",
+            "an integer from 0 to 64",
+        )
+        need(all(isinstance(s, str) and s for s in self.stop), "stop", "non-empty strings")
+        need(all(whole(t) for t in self.stop_token_ids), "stop_token_ids", "token ids")
+
+
+def unknown_argument(owner: str, name: str, known: list[str]) -> str:
+    """The message for an argument nobody knows, with the nearest one that somebody does."""
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    return f"{owner} has no argument {name!r}: {hint}"
+
+
+@dataclass
+class Batch:
+    """One step's work, flat. T tokens of B requests (prefill chunks and decodes alike), S sampled rows.
+
+    Attributes:
+        token_ids: [T]; -1 means "what this slot sampled last".
+        positions: [T]; position of each token in its sequence.
+        slots: [B]; the stable small int each running request owns.
+        query_starts: [B + 1]; request b owns tokens query_starts[b] to query_starts[b + 1].
+        context_lens: [B]; tokens in the cache once this step has run (so position + 1 of the last).
+        sample_rows: [S]; ascending indices into T whose next token is wanted.
+        sampling: [S] of SAMPLING_DTYPE.
+        block_updates: one [N, 3] array per cache group: (slot, index in its table, block id).
+        extras: further graph inputs by name (adapter ids, embeddings).
+    """
+
+    token_ids: Int32
+    positions: Int32
+    slots: Int32
+    query_starts: Int32
+    context_lens: Int32
+    sample_rows: Int32
+    sampling: npt.NDArray[np.void]
+    block_updates: list[Int32]
+    extras: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass
+class StepOutput:
+    """What a step produced, one entry per row of ``Batch.sample_rows``.
+
+    Attributes:
+        token_ids: [S] sampled tokens.
+        accepted: [S] tokens each row's request advanced by (1 without speculation).
+        logprobs: [S] log probability of the sampled token (NaN where not asked for).
+        top_ids, top_logprobs: [S, k] the most likely tokens, k the largest asked for in the step;
+            ties go to the lower id. Computed on the raw logits, before temperature and filters.
+    """
+
+    token_ids: Int32
+    accepted: Int32
+    logprobs: Float32
+    top_ids: Int32
+    top_logprobs: Float32
+
+
+@dataclass(frozen=True)
+class TokenMasks:
+    """Allowed tokens for flagged rows: ``bits`` is [flagged, ceil(vocab / 32)] uint32, bit set = allowed."""
+
+    bits: npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A step under way; hand it back to ``finish`` exactly once."""
+
+    number: int
+
+
+class Executor(Protocol):
+    """Runs steps. Per-slot state (block table, last token) lives here; ``Batch`` carries changes."""
+
+    def launch(self, batch: Batch) -> Ticket:
+        """Start a step; samples every row not flagged as masked."""
+        ...
+
+    def finish(self, ticket: Ticket, masks: TokenMasks | None = None) -> StepOutput:
+        """Wait for a step; sample its flagged rows under ``masks``."""
+        ...

@@ -1,0 +1,132 @@
+"""From engine options to a running engine: the model's file, its plan, an executor, a tokenizer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from ridgeline.core.config import EngineConfig
+from ridgeline.core.errors import ConfigError
+from ridgeline.core.types import Executor
+from ridgeline.engine.engine import Engine, EngineLimits
+from ridgeline.engine.text import Detokenizer
+from ridgeline.graph.plan import Plan, compile
+from ridgeline.graph.target import cpu_target, naive_target
+from ridgeline.models.load import Model, load_model
+from ridgeline.models.registry import resolve
+
+if TYPE_CHECKING:
+    from ridgeline.text.chat import ChatTemplate
+    from ridgeline.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+AUTO_KV_DTYPE = {"cpu": "bf16", "reference": "f32"}
+"""What kv_dtype "auto" stands for: the fastest that keeps the quality of float32."""
+
+
+@dataclass
+class Runtime:
+    """A loaded model and the engine that runs it. ``load_seconds`` counts from the file to a ready engine."""
+
+    config: EngineConfig
+    model: Model
+    plan: Plan
+    executor: Executor
+    tokenizer: Tokenizer
+    engine: Engine
+    load_seconds: float
+    _chat: ChatTemplate | None = field(default=None, repr=False)
+
+    def chat_template(self) -> ChatTemplate:
+        """The model's chat template, read on first use; raises UnsupportedError when its file has none."""
+        if self._chat is None:
+            from ridgeline.text.chat import ChatTemplate
+
+            self._chat = ChatTemplate.from_gguf(self.model.metadata)
+        return self._chat
+
+
+def load_runtime(config: EngineConfig) -> Runtime:
+    """Load ``config.model``: one thread packs its weights, in native code, while this one builds the tokenizer.
+
+    Raises ModelFileError, UnsupportedError or ConfigError.
+    """
+    start = time.perf_counter()
+    model = load_model(resolve(config.model))
+    max_len = config.model_len(model.config.context_length)
+    num_blocks = config.pool_blocks(model.config.context_length)
+    if num_blocks * config.block_size < 2:
+        raise ConfigError("num_kv_blocks must hold at least 2 tokens: raise it or block_size")
+    packing = _Background(lambda: _make_executor(config, model, max_len, num_blocks))
+    tokenizer, detokenizer = _make_tokenizer(model)
+    plan, executor = packing.result()
+    limits = EngineLimits(
+        max_requests=config.max_num_seqs,
+        max_tokens=config.max_num_batched_tokens,
+        max_len=max_len,
+        vocab_size=model.config.vocab_size,
+        block_size=config.block_size,
+        num_blocks=[num_blocks] * len(plan.caches),
+    )
+    engine = Engine(executor, limits, eos_ids=tokenizer.eos_ids, detokenizer=detokenizer, seed=config.seed)
+    return Runtime(config, model, plan, executor, tokenizer, engine, time.perf_counter() - start)
+
+
+def _make_tokenizer(model: Model) -> tuple[Tokenizer, Callable[[], Detokenizer]]:
+    from ridgeline.text.detokenizer import Detokenizer as Plain  # imported while the weights are being packed
+    from ridgeline.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_gguf(model.metadata)
+    return tokenizer, lambda: Plain(tokenizer)
+
+
+def _make_executor(config: EngineConfig, model: Model, max_len: int, num_blocks: int) -> tuple[Plan, Executor]:
+    """The plan of ``model`` and the backend that runs it, its weights packed."""
+    kv_dtype = AUTO_KV_DTYPE[config.backend] if config.kv_dtype == "auto" else config.kv_dtype
+    graph = model.graph(config.max_num_batched_tokens, config.max_num_seqs, kv_dtype, config.block_size)
+    plan = compile(graph, naive_target(kv_dtype) if config.backend == "reference" else cpu_target(kv_dtype))
+    make: Callable[..., Executor]
+    if config.backend == "reference":
+        from ridgeline.backends.reference.executor import ReferenceExecutor
+
+        make = ReferenceExecutor
+    else:
+        from ridgeline.backends.cpu.executor import CpuExecutor
+
+        make = CpuExecutor
+    return plan, make(
+        plan,
+        model.weights,
+        num_slots=config.max_num_seqs,
+        num_blocks=[num_blocks] * len(plan.caches),
+        max_blocks_per_slot=-(-max_len // config.block_size),
+        threads=config.threads,
+        isa=config.isa,
+    )
+
+
+class _Background(Generic[T]):
+    """Runs ``work`` in a thread; ``result`` waits for it and hands on what it returns or raises."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._values: list[T] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="ridgeline-load", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._values.append(self._work())
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> T:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._values[0]

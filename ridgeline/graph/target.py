@@ -1,0 +1,48 @@
+"""What a backend can do: the dtypes its linears read and the fusions it has kernels for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """One way of running a graph.
+
+    Attributes:
+        name: for messages.
+        activation: weight format name -> dtype of the activations that multiply it ("q8", "bf16", "f32");
+            formats not named take "f32".
+        fusions: names of passes whose results the backend can run.
+        kv_dtype: what the cache holds: "bf16", "f16" or "f32".
+    """
+
+    name: str
+    activation: Mapping[str, str]
+    fusions: frozenset[str]
+    kv_dtype: str
+
+
+ALL_FUSIONS = frozenset(
+    {
+        "hoist_row_selection",
+        "merge_projections",
+        "fuse_silu_mul",
+        "fuse_rope_kv_write",
+        "fuse_add_norm",
+        "fuse_quantize",
+    }
+)
+
+_CPU_ACTIVATION = {"q8_0": "q8", "q4_0": "q8", "q4_1": "q8", "bf16": "bf16"}
+
+
+def cpu_target(kv_dtype: str) -> Target:
+    """Int8 activations for integer weights, bf16 for bf16, float32 for the rest; every fusion."""
+    return Target("cpu", _CPU_ACTIVATION, ALL_FUSIONS, kv_dtype)
+
+
+def naive_target(kv_dtype: str = "f32") -> Target:
+    """The graph as the model wrote it."""
+    return Target("naive", {}, frozenset(), kv_dtype)

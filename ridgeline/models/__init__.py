@@ -1,0 +1,1 @@
+"""Models: one file per architecture turns a configuration into a graph; ``load`` finds the weights."""

@@ -1,0 +1,1 @@
+"""Measurements: what a model does here, and what this machine would allow."""

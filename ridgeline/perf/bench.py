@@ -1,0 +1,237 @@
+"""Speed of a loaded model, told as throughput and as a share of this machine's roofline."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ridgeline.core.errors import ConfigError, RidgelineError
+from ridgeline.core.hardware import Peaks
+from ridgeline.core.types import SamplingParams
+from ridgeline.engine.load import Runtime
+from ridgeline.engine.request import Request
+from ridgeline.graph.cost import Cost, Load
+from ridgeline.graph.roofline import roofline
+from ridgeline.perf.machine import better, measure_peaks
+
+DEPTH = 128  # tokens in the cache before a decode measurement begins
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the table.
+
+    Attributes:
+        test: "pp512" (prompt tokens), "tg128" (generated), "tg128 b8" (the same for 8 requests at once).
+        tokens: tokens of one repetition, over all requests.
+        seconds: time of each repetition, sampling and Python included.
+        streamed_bytes, dot_ops: cost of one repetition.
+        bound_seconds: the roofline of one repetition.
+    """
+
+    test: str
+    tokens: int
+    seconds: tuple[float, ...]
+    streamed_bytes: float
+    dot_ops: float
+    bound_seconds: float
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second of each repetition."""
+        return [self.tokens / s for s in self.seconds]
+
+    @property
+    def mean(self) -> float:
+        """Mean tokens per second."""
+        return statistics.fmean(self.rates)
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation of the tokens per second (0 for one repetition)."""
+        return statistics.stdev(self.rates) if len(self.seconds) > 1 else 0.0
+
+    @property
+    def gb_s(self) -> float:
+        """Weights and KV read, in 1e9 bytes per second."""
+        return self.streamed_bytes / statistics.fmean(self.seconds) / 1e9
+
+    @property
+    def gop_s(self) -> float:
+        """Dot-product operations, in 1e9 per second."""
+        return self.dot_ops / statistics.fmean(self.seconds) / 1e9
+
+    @property
+    def share(self) -> float:
+        """Share of the roofline that the mean reaches, 1.0 being all of it."""
+        return self.bound_seconds / statistics.fmean(self.seconds)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All measurements of one run; ``peaks`` are the best of those taken before and after."""
+
+    rows: list[Measurement]
+    peaks: Peaks
+    load_s: float
+    first_token_s: float
+    peak_rss_mb: float
+
+
+def run_bench(
+    runtime: Runtime, prompt: int, generate: int, batches: Sequence[int], repetitions: int, *, fresh: bool = True
+) -> Report:
+    """Measure prefill of ``prompt`` tokens and decoding of ``generate`` tokens at each batch size.
+
+    ``fresh`` also measures start to first token and peak memory in processes of their own. Either length may be
+    0 to leave its tests out. Raises ConfigError for what the engine cannot hold.
+    """
+    _check_sizes(runtime, prompt, generate, batches, repetitions)
+    peaks = measure_peaks(runtime.config.threads, runtime.config.isa)
+    timed: list[tuple[str, int, list[float], list[Load]]] = []
+    if prompt:
+        timed.append((f"pp{prompt}", prompt, *_prefill(runtime, prompt, repetitions)))
+    if generate:
+        for batch in batches:
+            name = f"tg{generate}" + (f" b{batch}" if batch > 1 else "")
+            timed.append((name, batch * generate, *_decode(runtime, generate, batch, repetitions)))
+    first, rss = _fresh_process(runtime) if fresh else (float("nan"), float("nan"))
+    peaks = better(peaks, measure_peaks(runtime.config.threads, runtime.config.isa))
+    return Report([_measurement(runtime, peaks, *t) for t in timed], peaks, runtime.load_seconds, first, rss)
+
+
+def step_share(runtime: Runtime, peaks: Peaks, loads: Sequence[Load], seconds: float) -> float:
+    """Share of the roofline reached by steps of ``loads`` that took ``seconds`` together."""
+    return sum(roofline(runtime.plan.cost(load), peaks).seconds for load in loads) / seconds
+
+
+def _check_sizes(runtime: Runtime, prompt: int, generate: int, batches: Sequence[int], repetitions: int) -> None:
+    limits = runtime.engine.limits
+    if prompt < 0 or generate < 0 or repetitions < 1 or not batches or min(batches) < 1:
+        raise ConfigError("bench needs lengths of at least 0, at least 1 repetition and batches of at least 1")
+    if max(batches) > limits.max_requests:
+        raise ConfigError(f"a batch of {max(batches)} needs --max-num-seqs {max(batches)} (now {limits.max_requests})")
+    if max(prompt, DEPTH + generate) >= limits.max_len:
+        raise ConfigError(
+            f"{prompt} prompt or {DEPTH} + {generate} decoded tokens exceed the context of {limits.max_len}"
+        )
+
+
+def _prompt(runtime: Runtime, length: int, number: int) -> list[int]:
+    """Token ids that no two requests share; what they say does not matter to the time they take."""
+    random = np.random.default_rng(number)
+    ids: list[int] = random.integers(0, runtime.engine.limits.vocab_size, length).tolist()
+    return ids
+
+
+def _prefill(runtime: Runtime, length: int, repetitions: int) -> tuple[list[float], list[Load]]:
+    engine = runtime.engine
+    seconds = []
+    for repetition in range(repetitions + 1):  # the first warms up
+        request = engine.make_request(_prompt(runtime, length, repetition), _greedy(1))
+        start = time.perf_counter()
+        engine.submit([request])
+        while request.finish_reason is None:
+            engine.step()
+        seconds.append(time.perf_counter() - start)
+    size = engine.limits.max_tokens
+    chunks = [Load.of([(first, min(size, length - first))]) for first in range(0, length, size)]
+    return seconds[1:], chunks
+
+
+def _decode(runtime: Runtime, generate: int, batch: int, repetitions: int) -> tuple[list[float], list[Load]]:
+    engine = runtime.engine
+    seconds = []
+    loads: list[Load] = []
+    for repetition in range(repetitions + 1):
+        requests = _start(runtime, generate, batch, repetition)
+        loads = []
+        start = time.perf_counter()
+        for _ in range(generate):
+            engine.step()
+        seconds.append(time.perf_counter() - start)
+        # Cost is linear in the context, so the middle of the run stands for all its steps.
+        middle = [(r.num_computed - generate // 2 - 1, 1) for r in requests]
+        loads = [Load.of(middle)] * generate
+        for request in requests:
+            engine.abort(request)
+    return seconds[1:], loads
+
+
+def _start(runtime: Runtime, generate: int, batch: int, repetition: int) -> list[Request]:
+    """``batch`` requests that have read DEPTH tokens each and now only decode."""
+    engine = runtime.engine
+    steps = -(-batch * DEPTH // max(1, engine.limits.max_tokens - batch)) + 1  # some decode while others read
+    params = _greedy(min(generate + steps + 1, engine.limits.max_len - DEPTH))
+    requests = [engine.make_request(_prompt(runtime, DEPTH, repetition * batch + i), params) for i in range(batch)]
+    engine.submit(requests)
+    while any(not r.output_ids for r in requests):
+        engine.step()
+    return requests
+
+
+def _greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def _measurement(
+    runtime: Runtime, peaks: Peaks, test: str, tokens: int, seconds: list[float], loads: list[Load]
+) -> Measurement:
+    cost = Cost()
+    bound = 0.0
+    for load in set(loads):
+        number = loads.count(load)
+        one = runtime.plan.cost(load)
+        bound += number * roofline(one, peaks).seconds
+        for _ in range(number):
+            cost = cost.plus(one)
+    return Measurement(test, tokens, tuple(seconds), cost.streamed_bytes, cost.dot_ops, bound)
+
+
+# Runs the command line and then says its own peak memory: a parent cannot tell, for a new process's ru_maxrss
+# begins at its parent's.
+_CHILD = """
+import sys
+from ridgeline.api.cli import main
+try:
+    main()
+except SystemExit as end:
+    if end.code:
+        raise
+with open("/proc/self/status") as status:
+    print(next(line for line in status if line.startswith("VmHWM")), file=sys.stderr)
+"""
+_SIXTEEN_TOKENS = "The quick brown fox jumps over the lazy dog and then it runs off"
+
+
+def _fresh_process(runtime: Runtime) -> tuple[float, float]:
+    """Seconds from process start to the first token of a 16-token prompt (median of 3 after a warm-up), and the
+    peak memory in MB (1e6 bytes) of one that fills a cache of 512 tokens."""
+    starts = [_child(runtime, _SIXTEEN_TOKENS, 1)[0] for _ in range(4)][1:]
+    long = " the" * 383
+    return statistics.median(starts), _child(runtime, long, 128)[1]
+
+
+def _child(runtime: Runtime, prompt: str, number: int) -> tuple[float, float]:
+    command = [sys.executable, "-c", _CHILD, "run", runtime.config.model, "-p", prompt, "-n", str(number)]
+    command += ["--ignore-eos", "--temperature", "0"]
+    if runtime.config.threads is not None:
+        command += ["--threads", str(runtime.config.threads)]
+    if runtime.config.isa is not None:
+        command += ["--isa", runtime.config.isa]
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        first = time.perf_counter() - start
+        process.stdout.read()
+        messages = process.stderr.read().decode()
+    if process.returncode:
+        raise RidgelineError(f"a fresh process failed with code {process.returncode}: {messages.strip()}")
+    return first, int(messages.rpartition("VmHWM:")[2].split()[0]) * 1024 / 1e6

@@ -1,0 +1,34 @@
+"""What this machine can do: peaks measured with the instructions that the kernels use."""
+
+from __future__ import annotations
+
+from ridgeline.core.hardware import Peaks
+
+BUFFER_BYTES = 96 << 20  # larger than the caches of the machines we know, as large as a small model
+
+
+def measure_peaks(threads: int | None = None, isa: str | None = None, seconds: float = 0.3) -> Peaks:
+    """Read bandwidth (bytes/s, the best of several kernels over 96 MiB) and dot-product peaks (operations/s).
+
+    Args:
+        threads: None takes as many as affinity and cgroup allow.
+        isa: instruction set whose kernels are used; None takes the best here.
+        seconds: how long to look for the bandwidth.
+    """
+    import ridgeline.backends.cpu._native as native
+
+    bandwidth = native.measure_bandwidth(BUFFER_BYTES, threads or 0, seconds, isa or "")
+    rates = native.measure_peaks(threads or 0, isa or "")
+    return Peaks(bandwidth * 1e9, rates["int8"] * 1e9, rates["bf16"] * 1e9, rates["f32"] * 1e9)
+
+
+def usable_threads() -> int:
+    """Threads that affinity and cgroup allow."""
+    import ridgeline.backends.cpu._native as native
+
+    return int(native.available_threads())
+
+
+def better(a: Peaks, b: Peaks) -> Peaks:
+    """The best of two measurements: what others take from the machine can only lower one."""
+    return Peaks(max(a.bandwidth, b.bandwidth), max(a.int8, b.int8), max(a.bf16, b.bf16), max(a.f32, b.f32))

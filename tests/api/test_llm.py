@@ -1,0 +1,224 @@
+"""The Python API over the simulated executor: vLLM's shapes, defaults, streaming, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import ridgeline
+from ridgeline import LLM, ConfigError, EngineConfig, RequestError, RidgelineError, SamplingParams
+from ridgeline.engine.engine import Engine, EngineLimits
+from tests.control.sim import SimExecutor, solo
+
+LIMITS = EngineLimits(4, 16, 64, 128, 4, [64])
+EOS = frozenset({3})
+
+
+class AsciiTokenizer:
+    """A token is an ASCII code; those below 32 are control tokens."""
+
+    eos_ids = EOS
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("ascii"))
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True, *, continuation: bool = False) -> str:
+        return "".join(chr(i) for i in ids if i >= 32 or not skip_special)
+
+    def push(self, token_id: int) -> str:
+        return self.decode([token_id])
+
+    def finish(self) -> str:
+        return ""
+
+
+class Template:
+    def encode(
+        self, messages: list[dict[str, str]], tokenizer: AsciiTokenizer, add_generation_prompt: bool
+    ) -> list[int]:
+        return tokenizer.encode("".join(m["content"] for m in messages)) + [2] * add_generation_prompt
+
+
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> LLM:
+    """An LLM whose runtime is the simulated executor and the ASCII tokenizer."""
+    tokenizer = AsciiTokenizer()
+    engine = Engine(SimExecutor(LIMITS), LIMITS, eos_ids=EOS, detokenizer=lambda: tokenizer, seed=0)
+    runtime: Any = SimpleNamespace(engine=engine, tokenizer=tokenizer, chat_template=Template)
+    monkeypatch.setattr("ridgeline.api.llm.load_runtime", lambda config: runtime)
+    return LLM("any")
+
+
+def expected(prompt: str | list[int], params: SamplingParams) -> tuple[list[int], str]:
+    ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
+    return solo(ids, params, LIMITS.vocab_size, LIMITS.max_len, EOS)
+
+
+SEEDED = SamplingParams(seed=11, max_tokens=9)
+
+
+def test_prompts_one_or_several_texts_or_token_ids(llm: LLM) -> None:
+    for prompts, each in [
+        ("abc", ["abc"]),
+        ([97, 98], [[97, 98]]),
+        (["abc", "x y", "zz", "q", "five", "six"], ["abc", "x y", "zz", "q", "five", "six"]),
+        ([[1, 2], [5]], [[1, 2], [5]]),
+        ([], []),
+    ]:
+        results = llm.generate(prompts, SEEDED)
+        assert len(results) == len(each)
+        for result, prompt in zip(results, each, strict=True):
+            tokens, reason = expected(prompt, SEEDED)
+            (output,) = result.outputs
+            assert result.prompt == (prompt if isinstance(prompt, str) else None)
+            assert result.prompt_token_ids == (list(prompt.encode()) if isinstance(prompt, str) else prompt)
+            assert (output.index, output.token_ids, output.finish_reason) == (0, tokens, reason)
+            assert output.text == "".join(chr(t) for t in tokens if t >= 32)
+            assert output.logprobs is None
+
+
+def test_parameters_one_for_each_and_defaults_as_vllm(llm: LLM) -> None:
+    params = [SamplingParams(seed=1, max_tokens=2), SamplingParams(seed=2, max_tokens=5, ignore_eos=True)]
+    results = llm.generate(["a", "a"], params)
+    assert [r.outputs[0].token_ids for r in results] == [expected("a", p)[0] for p in params]
+    assert len(llm.generate([[40]], SamplingParams(ignore_eos=True))[0].outputs[0].token_ids) == 16
+    with pytest.raises(RequestError, match="2 prompts came with 1"):
+        llm.generate(["a", "b"], [SEEDED])
+    with pytest.raises(RequestError, match="must be SamplingParams, got dict"):
+        llm.generate("a", {"max_tokens": 3})  # type: ignore[arg-type]
+
+
+def test_streams_run_side_by_side_and_join_to_the_whole(llm: LLM) -> None:
+    params = SamplingParams(seed=5, max_tokens=12, ignore_eos=True)
+    one, other = llm.stream("first", params), llm.stream("second", params)
+    pieces: tuple[list[Any], list[Any]] = ([], [])
+    for a, b in zip(one, other, strict=True):
+        pieces[0].append(a)
+        pieces[1].append(b)
+    for prompt, deltas in zip(("first", "second"), pieces, strict=True):
+        whole = llm.generate(prompt, params)[0].outputs[0]
+        assert "".join(map(str, deltas)) == whole.text
+        assert [t for d in deltas for t in d.token_ids] == whole.token_ids
+        assert [d.finish_reason for d in deltas] == [None] * (len(deltas) - 1) + ["length"]
+
+
+def test_a_stream_dropped_by_a_failure_beside_it_says_so(llm: LLM) -> None:
+    stream = llm.stream("abc", SamplingParams(max_tokens=20, ignore_eos=True))
+    next(stream)
+    executor: Any = llm.runtime.engine._executor
+    executor.error, executor.fail_at = RidgelineError("broken"), executor.steps + 2
+    with pytest.raises(RidgelineError, match="broken"):
+        llm.generate("other", SEEDED)
+    with pytest.raises(RidgelineError, match="dropped"):
+        list(stream)
+
+
+def test_a_closed_stream_holds_nothing(llm: LLM) -> None:
+    stream = llm.stream("abc", SEEDED)
+    next(stream)
+    assert llm.runtime.engine.has_work
+    stream.close()  # type: ignore[attr-defined]
+    assert not llm.runtime.engine.has_work
+    llm.runtime.engine.check()
+
+
+def test_stop_strings_end_the_text_and_are_not_part_of_it(llm: LLM) -> None:
+    params = SamplingParams(seed=4, max_tokens=30, ignore_eos=True)
+    text = llm.generate("go", params)[0].outputs[0].text
+    stop = text[6:8]
+    output = llm.generate("go", SamplingParams(seed=4, max_tokens=30, ignore_eos=True, stop=stop))[0].outputs[0]
+    assert output.text == text[: text.index(stop)] and output.finish_reason == "stop"
+    streamed = llm.stream("go", SamplingParams(seed=4, max_tokens=30, ignore_eos=True, stop=[stop]))
+    assert "".join(d.text for d in streamed) == output.text
+
+
+def test_chat_goes_through_the_template(llm: LLM) -> None:
+    talk = [{"role": "user", "content": "hi"}]
+    ids = [*b"hi", 2]
+    assert llm.chat(talk, SEEDED)[0].outputs[0].token_ids == expected(ids, SEEDED)[0]
+    several = llm.chat([talk, [{"role": "user", "content": "yo"}]], SEEDED)
+    assert [r.prompt_token_ids for r in several] == [ids, [*b"yo", 2]]
+    assert [t for d in llm.stream(talk, SEEDED) for t in d.token_ids] == expected(ids, SEEDED)[0]
+    with pytest.raises(RequestError, match="no messages"):
+        llm.chat([])
+
+
+def test_one_bad_prompt_stops_all_before_anything_runs(llm: LLM) -> None:
+    for bad, message in [("", "prompt is empty"), ([], "prompt is empty"), ("x" * 64, "context is 64")]:
+        with pytest.raises(RequestError, match=message):
+            llm.generate(["good", bad], SEEDED)
+        assert not llm.runtime.engine.has_work
+    for wrong in (3, {"prompt": "x"}, [{"prompt": "x"}], ["x", 3]):
+        with pytest.raises(RequestError, match="must be a text"):
+            llm.generate(wrong, SEEDED)  # type: ignore[arg-type]
+
+
+def test_interrupt_in_the_middle_leaves_a_usable_llm(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor: Any = llm.runtime.engine._executor
+    executor.error, executor.fail_at = KeyboardInterrupt(), executor.steps + 3
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "b"], SamplingParams(ignore_eos=True))
+    assert not llm.runtime.engine.has_work
+    assert llm.generate("abc", SEEDED)[0].outputs[0].token_ids == expected("abc", SEEDED)[0]
+
+
+def test_unknown_arguments_raise_with_a_hint(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="did you mean 'sampling_params'"):
+        llm.generate("a", sampling_parms=SEEDED)
+    with pytest.raises(RequestError, match="did you mean 'max_tokens'"):
+        SamplingParams(max_token=3)
+    with pytest.raises(ConfigError, match="did you mean 'threads'"):
+        LLM("any", thread=2)
+
+
+def test_closed(llm: LLM) -> None:
+    with llm as same:
+        assert same is llm
+    with pytest.raises(RequestError, match="closed"):
+        llm.generate("a")
+
+
+def test_public_names_come_when_asked_for() -> None:
+    assert {"LLM", "SamplingParams", "__version__"} <= set(dir(ridgeline))
+    assert all(getattr(ridgeline, name) is not None for name in ridgeline.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'LMM'"):
+        ridgeline.LMM  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"threads": 0}, "threads must be an integer of at least 1"),
+        ({"threads": True}, "threads must be an integer"),
+        ({"kv_dtype": "int3"}, "kv_dtype must be one of auto"),
+        ({"block_size": 48}, "block_size must divide 256"),
+        ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "at least max_num_seqs"),
+        ({"model": ""}, "model must be"),
+        ({"isa": "mmx"}, "isa must be one of"),
+    ],
+)
+def test_options_that_cannot_work(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**values)
+
+
+def test_pool_and_context_sizes() -> None:
+    config = EngineConfig(max_num_seqs=4, block_size=16)
+    assert config.model_len(8192) == 8192
+    assert config.pool_blocks(8192) == 512  # 4 x 2048 tokens, which is one whole context as well
+    assert EngineConfig(max_num_seqs=1).pool_blocks(8192) == 512  # one sequence at full length fits
+    assert EngineConfig(max_num_seqs=2, max_model_len=100).pool_blocks(8192) == 14
+    assert EngineConfig(num_kv_blocks=9).pool_blocks(8192) == 9
+    with pytest.raises(ConfigError, match="context is 512"):
+        EngineConfig(max_model_len=513).model_len(512)
+
+
+def test_isa_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RIDGELINE_ISA", "generic")
+    assert EngineConfig().isa == "generic"
+    assert EngineConfig(isa="avx512").isa == "avx512"
+    monkeypatch.delenv("RIDGELINE_ISA")
+    assert EngineConfig().isa is None

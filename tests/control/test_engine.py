@@ -1,0 +1,193 @@
+"""The engine's loop over the simulated executor: every stream equals its solo run, whatever ran beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.control.sim import SimExecutor, solo
+
+from ridgeline.core.errors import RequestError, RidgelineError
+from ridgeline.core.types import SamplingParams
+from ridgeline.engine.engine import Engine, EngineLimits
+from ridgeline.engine.request import Request
+
+VOCAB = 50
+EOS = frozenset({7, 31})
+
+
+@dataclass
+class Case:
+    """One request of a random mix: when it comes, what it asks, and after how many steps it is aborted."""
+
+    arrival: int
+    prompt: list[int]
+    params: SamplingParams
+    abort_at: int | None
+
+
+@st.composite
+def limits(draw: st.DrawFn) -> EngineLimits:
+    max_requests = draw(st.integers(1, 5))
+    block_size = draw(st.sampled_from([1, 2, 4, 16]))
+    max_len = draw(st.integers(24, 48))
+    whole = -(-max_len // block_size)
+    groups = draw(st.integers(1, 2))
+    return EngineLimits(
+        max_requests=max_requests,
+        max_tokens=draw(st.integers(max_requests, 20)),
+        max_len=max_len,
+        vocab_size=VOCAB,
+        block_size=block_size,
+        num_blocks=[draw(st.integers(whole, 3 * whole)) for _ in range(groups)],
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    params = SamplingParams(
+        max_tokens=draw(st.integers(1, 20)),
+        seed=draw(st.integers(0, 2**64 - 1)),
+        ignore_eos=draw(st.booleans()),
+        stop_token_ids=tuple(draw(st.lists(st.integers(0, VOCAB - 1), max_size=2))),
+    )
+    prompt = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=23))
+    return Case(draw(st.integers(0, 12)), prompt, params, draw(st.none() | st.integers(0, 25)))
+
+
+def make_engine(bounds: EngineLimits, executor: SimExecutor | None = None) -> Engine:
+    return Engine(executor or SimExecutor(bounds), bounds, eos_ids=EOS, seed=0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(limits(), st.lists(cases(), min_size=1, max_size=10))
+def test_stream_equals_solo_run(bounds: EngineLimits, mix: list[Case]) -> None:
+    engine = make_engine(bounds)
+    requests: dict[int, Request] = {}
+    step = 0
+    while step <= 12 or engine.has_work:
+        for number, case in enumerate(mix):
+            if case.arrival == step:
+                requests[number] = engine.make_request(case.prompt, case.params)
+                engine.submit([requests[number]])
+            if case.abort_at == step and number in requests:
+                engine.abort(requests[number])
+        engine.check()
+        if engine.has_work:
+            engine.step()
+        engine.check()
+        step += 1
+        assert step < 2000, "requests wait for ever"
+    for number, case in enumerate(mix):
+        tokens, reason = solo(case.prompt, case.params, VOCAB, bounds.max_len, EOS)
+        request = requests[number]
+        if request.finish_reason == "abort":
+            assert case.abort_at is not None
+            assert request.output_ids == tokens[: len(request.output_ids)]
+        else:
+            assert (request.output_ids, request.finish_reason) == (tokens, reason)
+    assert_idle(engine)
+
+
+def assert_idle(engine: Engine) -> None:
+    """An idle engine holds nothing."""
+    assert not engine.has_work
+    assert all(pool.num_free == pool.num_blocks for pool in engine._pools)
+    assert len(engine._free_slots) == engine.limits.max_requests
+
+
+BOUNDS = EngineLimits(4, 16, 64, VOCAB, 4, [64])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RidgelineError("broken"), MemoryError()])
+@pytest.mark.parametrize("fail_at", [1, 2, 5])
+def test_a_failing_step_drops_everything_and_leaves_a_usable_engine(error: BaseException, fail_at: int) -> None:
+    engine = make_engine(BOUNDS, SimExecutor(BOUNDS, error=error, fail_at=fail_at))
+    params = SamplingParams(max_tokens=20, seed=1, ignore_eos=True)
+    requests = [engine.make_request([n, n + 1] * 5, params) for n in range(6)]
+    engine.submit(requests)
+    with pytest.raises(type(error)):
+        for _ in range(fail_at):
+            engine.step()
+    assert {r.finish_reason for r in requests} == {"abort"}
+    assert_idle(engine)
+    engine.check()
+    again = engine.make_request([3, 4, 5], params)
+    engine.submit([again])
+    while engine.has_work:
+        engine.step()
+    assert again.output_ids == solo([3, 4, 5], params, VOCAB, 64, EOS)[0]
+
+
+def test_requests_run_side_by_side_and_decode_comes_first() -> None:
+    executor = SimExecutor(BOUNDS)
+    engine = make_engine(BOUNDS, executor)
+    params = SamplingParams(max_tokens=8, seed=5, ignore_eos=True)
+    first = engine.make_request([1, 2], params)
+    engine.submit([first, engine.make_request(list(range(40)), params)])
+    engine.step()
+    assert len(first.output_ids) == 1
+    engine.step()
+    assert len(first.output_ids) == 2, "a long prompt beside it must not hold a decoding request up"
+    assert executor.largest == 2
+
+
+def test_a_negative_token_is_reported_as_damaged_weights() -> None:
+    class Nan(SimExecutor):
+        def finish(self, ticket, masks=None):  # type: ignore[no-untyped-def]
+            output = super().finish(ticket, masks)
+            output.token_ids[:] = -1
+            return output
+
+    engine = make_engine(BOUNDS, Nan(BOUNDS))
+    engine.submit([engine.make_request([1], SamplingParams())])
+    with pytest.raises(RidgelineError, match="NaN"):
+        engine.step()
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], SamplingParams(), "prompt is empty"),
+        ([1] * 64, SamplingParams(), "64 tokens and the context is 64"),
+        ([1, VOCAB], SamplingParams(), f"token id {VOCAB} is outside"),
+        ([1, -1], SamplingParams(), "token id -1 is outside"),
+        ([1.5], SamplingParams(), "flat list of integers"),
+        ([[1], [2, 3]], SamplingParams(), "flat list of integers"),
+        ([1], SamplingParams(stop="x"), "need a tokenizer"),
+    ],
+)
+def test_what_can_never_be_served_is_refused(prompt: list[int], params: SamplingParams, message: str) -> None:
+    engine = make_engine(BOUNDS)
+    with pytest.raises(RequestError, match=message):
+        engine.make_request(prompt, params)
+    assert_idle(engine)
+
+
+def test_a_request_larger_than_the_cache_is_refused_with_the_way_out() -> None:
+    engine = make_engine(EngineLimits(2, 16, 64, VOCAB, 4, [3]))
+    engine.make_request([1] * 8, SamplingParams(max_tokens=5))  # 12 tokens of KV: the last is never read back
+    with pytest.raises(RequestError, match="needs 4 blocks .* lower max_tokens"):
+        engine.make_request([1] * 8, SamplingParams(max_tokens=6))
+
+
+def test_output_ends_where_the_context_does() -> None:
+    engine = make_engine(BOUNDS)
+    request = engine.make_request([1] * 60, SamplingParams(max_tokens=100, ignore_eos=True, seed=0))
+    engine.submit([request])
+    while engine.has_work:
+        engine.step()
+    assert len(request.output_ids) == 4 and request.finish_reason == "length"
+
+
+def test_seeds_are_drawn_from_the_engines_seed() -> None:
+    draws = [[make_engine(BOUNDS).make_request([1], SamplingParams()).row["seed"] for _ in range(1)] for _ in range(2)]
+    assert draws[0] == draws[1]
+    engine = make_engine(BOUNDS)
+    seeds = {int(engine.make_request([1], SamplingParams()).row["seed"]) for _ in range(8)}
+    assert len(seeds) == 8
+    assert engine.make_request([1], SamplingParams(seed=2**64 - 1)).row["seed"] == np.uint64(2**64 - 1)
