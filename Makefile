@@ -55,8 +55,10 @@ $(STAMPS)/dev: constraints.txt pyproject.toml $(STAMPS)/build-tools | $(STAMPS)/
 
 install: $(STAMPS)/native
 
+run: export RUN_PROMPT := $(PROMPT)
 run: $(STAMPS)/native $(STAMPS)/model
-	@$(BIN)/ridgeline run $(MODEL) -p "$(PROMPT)" -n $(N)
+	@printf '%s' "$$RUN_PROMPT"
+	@$(BIN)/ridgeline run $(MODEL) -p "$$RUN_PROMPT" -n $(N) --temperature 0
 
 bench: $(STAMPS)/native $(STAMPS)/model
 	@$(BIN)/ridgeline bench $(MODEL)

@@ -241,7 +241,7 @@ def show(result: dict[str, Any], tokens: int, console: Console) -> None:
     """The table."""
     table = Table(title=f"next-token distribution against float32 on the same weights, {tokens:,} tokens")
     for heading in ("", "mean KL, nats", f"x {BASE}", "95%", "top-1 agreement", f"less {BASE}'s", "95%"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, row in result.items():
         (low, high), (less, more) = row["kl_ratio_95"], row["top1_difference_95"]
         table.add_row(
@@ -265,7 +265,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-ridgeline", action="store_true", help="llama.cpp alone")
     options = parser.parse_args()
-    log, console = Console(stderr=True), Console(width=None if sys.stdout.isatty() else 120)
+    log, console = Console(stderr=True), Console(width=None if sys.stdout.isatty() else 140)
     path = options.model or install.model_path()
     if not (install.LLAMACPP_SOURCE / "build" / "bin" / "libllama.so").exists():
         log.print("llama.cpp is not installed: python bench/compare.py --install llamacpp")

@@ -105,7 +105,9 @@ def main() -> None:
         requests = [(args.context - 1, 1)] * shape if shape <= DECODE_AT_MOST else [(0, shape)]
         least = roofline(plan.cost(Load.of(requests)), peaks).seconds
         results[str(shape)] = {"step_ms": step * 1e3, "roofline_share": least / step}
-        print(f"\nM = {shape}: {step * 1e3:.3f} ms a step, {shape / step:,.0f} tokens/s, {least / step:.0%} of roofline")
+        print(
+            f"\nM = {shape}: {step * 1e3:.3f} ms a step, {shape / step:,.0f} tokens/s, {least / step:.0%} of roofline"
+        )
         for kind, spent in sorted(kinds.items(), key=lambda item: -item[1]):
             results[str(shape)][kind] = spent * 1e3
             print(f"  {kind:<22}{spent * 1e3:9.3f} ms {spent / sum(kinds.values()):6.1%}")

@@ -47,12 +47,24 @@ def public_functions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[s
             yield from public_functions(node.body, f"{node.name}.")
 
 
+def explained_by_class(tree: ast.Module) -> set[str]:
+    """Bodiless members of documented protocols: the class says what they are, whoever implements them the rest."""
+    return {
+        f"{c.name}.{f.name}"
+        for c in tree.body
+        if isinstance(c, ast.ClassDef) and ast.get_docstring(c) and any("Protocol" in ast.unparse(b) for b in c.bases)
+        for f in c.body
+        if isinstance(f, Function) and ast.unparse(f.body[-1]) == "..." and len(f.body) == 1
+    }
+
+
 def undocumented(tree: ast.Module) -> list[str]:
     """Public functions without a docstring; an overload or a setter speaks through its first definition."""
     return [
         name
         for name, node in public_functions(tree.body)
         if not ast.get_docstring(node)
+        and name not in explained_by_class(tree)
         and not any(ast.unparse(d).split(".")[-1] in {"overload", "setter"} for d in node.decorator_list)
     ]
 
@@ -99,4 +111,7 @@ def test_the_budgets_find_what_breaks_them() -> None:
     assert not too_long(ast.parse(f"@triton.jit\ndef f():\n{lines}"))
     tree = ast.parse("class A:\n    def f(self, x): ...\n    def _g(self): ...\ndef h() -> int:\n    '''Doc.'''")
     assert undocumented(tree) == ["A.f"]
+    protocol = "class P(Protocol):\n    {}def f(self) -> int: ...\n    def g(self) -> int:\n        return 1"
+    assert undocumented(ast.parse(protocol.format("'Doc.'\n    "))) == ["P.g"]
+    assert undocumented(ast.parse(protocol.format(""))) == ["P.f", "P.g"]
     assert untyped(tree) == ["A.f: x"]

@@ -8,8 +8,6 @@
 namespace ridgeline {
 namespace {
 
-constexpr int kPadTiles = 4;  // what one unit of a linear with a gated epilogue reads
-
 bool finite_f16(uint16_t h) { return (h & 0x7c00) != 0x7c00; }
 bool finite_bf16(uint16_t h) { return (h & 0x7f80) != 0x7f80; }
 bool finite_f32(uint32_t b) { return (b & 0x7f800000) != 0x7f800000; }
@@ -25,40 +23,40 @@ void write(uint8_t* p, T x) {
   std::memcpy(p, &x, sizeof x);
 }
 
-// One row into column `c` of a quantized tile. The files' nibble order is the tile's: byte i of a group
+// One row into column `c` of a quantized panel. The files' nibble order is the panel's: byte i of a group
 // holds k = i and k = 16 + i, so codes move as whole 32-bit words. False if a scale is not finite.
-bool pack_quantized(const uint8_t* row, const PackedMatrix& m, uint8_t* tile, int c) {
+bool pack_quantized(const uint8_t* row, const PackedMatrix& m, uint8_t* panel, int c) {
   const bool eight = m.format == Format::Q8_0, minimum = m.format == Format::Q4_1;
   const int words = eight ? 8 : 4, header = minimum ? 4 : 2, group_bytes = header + 4 * words;
   const uint32_t bias = eight ? 0x80808080u : 0;
   bool finite = true;
-  for (int g = 0; g < m.k / kGroup; g++, row += group_bytes) {
+  for (int g = 0; g < m.k / kGroup; g++, row += group_bytes, panel += record_bytes(m.format)) {
+    uint8_t* scales = panel + code_bytes(m.format) + 2 * c;
     uint16_t scale = read<uint16_t>(row);
     finite &= finite_f16(scale);
-    write(tile + m.scales_at + 32 * (size_t)g + 2 * c, scale);
+    write(scales, scale);
     if (minimum) {
       uint16_t low = read<uint16_t>(row + 2);
       finite &= finite_f16(low);
-      write(tile + m.minima_at + 32 * (size_t)g + 2 * c, low);
+      write(scales + 64, low);
     }
-    uint8_t* codes = tile + (size_t)g * code_bytes_per_group(m.format) + 4 * c;
-    for (int j = 0; j < words; j++) write(codes + 64 * j, read<uint32_t>(row + header + 4 * j) ^ bias);
+    for (int j = 0; j < words; j++) write(panel + 128 * j + 4 * c, read<uint32_t>(row + header + 4 * j) ^ bias);
   }
   return finite;
 }
 
-bool pack_float(const uint8_t* row, const PackedMatrix& m, uint8_t* tile, int c) {
+bool pack_float(const uint8_t* row, const PackedMatrix& m, uint8_t* panel, int c) {
   bool finite = true;
   for (int k = 0; k < m.k; k++) {
     if (m.format == Format::F32) {
       uint32_t x = read<uint32_t>(row + 4 * (size_t)k);
       finite &= finite_f32(x);
-      write(tile + 64 * (size_t)k + 4 * c, x);
+      write(panel + 128 * (size_t)k + 4 * c, x);
     } else {
       uint16_t x = read<uint16_t>(row + 2 * (size_t)k);
       bool half = m.format == Format::F16;
       finite &= half ? finite_f16(x) : finite_bf16(x);
-      write(half ? tile + 32 * (size_t)k + 2 * c : tile + 64 * (size_t)(k / 2) + 4 * c + 2 * (k % 2), x);
+      write(half ? panel + 64 * (size_t)k + 2 * c : panel + 128 * (size_t)(k / 2) + 4 * c + 2 * (k % 2), x);
     }
   }
   return finite;
@@ -86,36 +84,28 @@ PackedMatrix packed_layout(Format format, int n, int k) {
   m.format = format;
   m.n = n;
   m.k = k;
-  if (!is_quantized(format)) {
-    m.tile_bytes = file_row_bytes(format, k) * kTile;
-  } else {
-    size_t groups = (size_t)k / kGroup;
-    m.scales_at = groups * code_bytes_per_group(format);
-    m.minima_at = m.scales_at + 32 * groups;
-    m.tile_bytes = m.minima_at + (format == Format::Q4_1 ? 32 * groups : 0);
-  }
-  m.tile_bytes = round_up(m.tile_bytes, 64);
+  m.panel_bytes = is_quantized(format) ? (size_t)k / kGroup * record_bytes(format) : file_row_bytes(format, k) * kPanel;
+  m.panel_bytes = round_up(m.panel_bytes, 64);
   return m;
 }
 
 size_t packed_bytes(const PackedMatrix& m) {
-  return round_up(((size_t)m.n + kTile - 1) / kTile, kPadTiles) * m.tile_bytes;
+  // An even number of panels: one unit of a linear with a gated epilogue reads two.
+  return round_up(((size_t)m.n + kPanel - 1) / kPanel, 2) * m.panel_bytes;
 }
 
 int pack(const std::vector<const uint8_t*>& rows, const PackedMatrix& m, uint8_t* out, Team& team) {
-  const int tiles = (m.n + kTile - 1) / kTile;
+  const int panels = (m.n + kPanel - 1) / kPanel;
   std::atomic<int> bad{m.n};
   std::function<void(int)> job = [&](int) {
-    team.share(0, tiles, 4, [&](int begin, int end) {
-      for (int t = begin; t < end; t++)
-        for (int c = 0; c < kTile && t * kTile + c < m.n; c++) {
-          int n = t * kTile + c;
-          uint8_t* tile = out + (size_t)t * m.tile_bytes;
-          bool finite = is_quantized(m.format) ? pack_quantized(rows[(size_t)n], m, tile, c)
-                                               : pack_float(rows[(size_t)n], m, tile, c);
-          for (int seen = bad.load(); !finite && n < seen && !bad.compare_exchange_weak(seen, n);) {
-          }
+    team.share(0, panels, 2, [&](int begin, int end) {
+      for (int n = begin * kPanel; n < std::min(end * kPanel, m.n); n++) {
+        uint8_t* panel = out + (size_t)(n / kPanel) * m.panel_bytes;
+        bool finite = is_quantized(m.format) ? pack_quantized(rows[(size_t)n], m, panel, n % kPanel)
+                                             : pack_float(rows[(size_t)n], m, panel, n % kPanel);
+        for (int seen = bad.load(); !finite && n < seen && !bad.compare_exchange_weak(seen, n);) {
         }
+      }
     });
   };
   team.run(job);

@@ -1,4 +1,4 @@
-// Repacking a weight matrix from its file's rows into the tiles of packed.h.
+// Repacking a weight matrix from its file's rows into the panels of packed.h.
 #pragma once
 
 #include <string>
@@ -12,7 +12,7 @@ namespace ridgeline {
 // Bytes between the rows of a matrix in its file.
 size_t file_row_bytes(Format format, int k);
 
-// The shape of a packed [n, k] matrix; rows are padded with zero weights to a multiple of `pad` tiles.
+// The layout of a packed [n, k] matrix; its last panels are filled up with zero weights.
 PackedMatrix packed_layout(Format format, int n, int k);
 size_t packed_bytes(const PackedMatrix& m);
 

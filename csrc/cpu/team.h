@@ -28,6 +28,15 @@ class Team {
   // Inside a job: waits until every thread of the team is here.
   void barrier();
 
+  // Inside a job: one contiguous range of 0 .. count-1 for each thread, always the same one, so that what a
+  // thread's range reads stays in its own caches from step to step.
+  template <class F>
+  void split(int stage, int thread, int count, F&& body) {
+    cursors_[(stage + 1) % 3].value.store(0, std::memory_order_relaxed);
+    int begin = (int)((long)count * thread / size_), end = (int)((long)count * (thread + 1) / size_);
+    if (begin < end) body(begin, end);
+  }
+
   // Inside a job: task indices 0 .. count-1 shared out among the threads, `chunk` at a time. Every
   // thread calls it once between two barriers; `stage` is the number of barriers passed so far.
   template <class F>

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ridgeline.core.config import EngineConfig
 from ridgeline.core.errors import ConfigError
@@ -89,24 +89,21 @@ def _make_executor(config: EngineConfig, model: Model, max_len: int, num_blocks:
     kv_dtype = AUTO_KV_DTYPE[config.backend] if config.kv_dtype == "auto" else config.kv_dtype
     graph = model.graph(config.max_num_batched_tokens, config.max_num_seqs, kv_dtype, config.block_size)
     plan = compile(graph, naive_target(kv_dtype) if config.backend == "reference" else cpu_target(kv_dtype))
-    make: Callable[..., Executor]
+    sizes: dict[str, Any] = {
+        "num_slots": config.max_num_seqs,
+        "num_blocks": [num_blocks] * len(plan.caches),
+        "max_blocks_per_slot": -(-max_len // config.block_size),
+        "threads": config.threads,
+        "isa": config.isa,
+    }
     if config.backend == "reference":
         from ridgeline.backends.reference.executor import ReferenceExecutor
 
-        make = ReferenceExecutor
-    else:
-        from ridgeline.backends.cpu.executor import CpuExecutor
+        return plan, ReferenceExecutor(plan, model.weights, **sizes)
+    from ridgeline.backends.cpu.executor import CpuExecutor
 
-        make = CpuExecutor
-    return plan, make(
-        plan,
-        model.weights,
-        num_slots=config.max_num_seqs,
-        num_blocks=[num_blocks] * len(plan.caches),
-        max_blocks_per_slot=-(-max_len // config.block_size),
-        threads=config.threads,
-        isa=config.isa,
-    )
+    # A packed weight's pages in the file are not read again: give them back as packing goes on.
+    return plan, CpuExecutor(plan, model.weights, packed=model.file.drop_pages, **sizes)
 
 
 class _Background(Generic[T]):

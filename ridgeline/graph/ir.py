@@ -94,9 +94,13 @@ class CacheSpec:
 class Adder(Protocol):
     """What makes ``+`` and ``*`` on values work: the builder they came from."""
 
-    def add(self, a: Value, b: Value) -> Value: ...
+    def add(self, a: Value, b: Value) -> Value:
+        """Elementwise sum."""
+        ...
 
-    def mul(self, a: Value, b: Value) -> Value: ...
+    def mul(self, a: Value, b: Value) -> Value:
+        """Elementwise product."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

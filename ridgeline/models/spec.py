@@ -29,16 +29,24 @@ class ModelConfig(Protocol):
     """Hyperparameters that the rest of the engine asks for, whatever the architecture."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Rows of the token embedding and of the logits."""
+        ...
 
     @property
-    def context_length(self) -> int: ...
+    def context_length(self) -> int:
+        """Most positions."""
+        ...
 
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int:
+        """Transformer blocks."""
+        ...
 
     @property
-    def head_dim(self) -> int: ...
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        ...
 
 
 class Architecture(Protocol):
@@ -51,9 +59,11 @@ class Architecture(Protocol):
         freq_factors: tuple[float, ...] | None,
     ) -> Any:
         """The configuration a file states, checked."""
+        ...
 
     def weight_entries(self, config: Any) -> dict[str, WeightEntry]:
         """Every weight of the graph by name."""
+        ...
 
     def build(
         self,
@@ -66,3 +76,4 @@ class Architecture(Protocol):
         block_size: int,
     ) -> Graph:
         """The naive graph."""
+        ...

@@ -101,7 +101,7 @@ def run_bench(
         for batch in batches:
             name = f"tg{generate}" + (f" b{batch}" if batch > 1 else "")
             timed.append((name, batch * generate, *_decode(runtime, generate, batch, repetitions)))
-    first, rss = _fresh_process(runtime) if fresh else (float("nan"), float("nan"))
+    first, rss = _fresh_process(runtime, repetitions) if fresh else (float("nan"), float("nan"))
     peaks = better(peaks, measure_peaks(runtime.config.threads, runtime.config.isa))
     return Report([_measurement(runtime, peaks, *t) for t in timed], peaks, runtime.load_seconds, first, rss)
 
@@ -210,10 +210,10 @@ with open("/proc/self/status") as status:
 _SIXTEEN_TOKENS = "The quick brown fox jumps over the lazy dog and then it runs off"
 
 
-def _fresh_process(runtime: Runtime) -> tuple[float, float]:
-    """Seconds from process start to the first token of a 16-token prompt (median of 3 after a warm-up), and the
+def _fresh_process(runtime: Runtime, repetitions: int) -> tuple[float, float]:
+    """Seconds from process start to the first token of a 16-token prompt (median after a warm-up), and the
     peak memory in MB (1e6 bytes) of one that fills a cache of 512 tokens."""
-    starts = [_child(runtime, _SIXTEEN_TOKENS, 1)[0] for _ in range(4)][1:]
+    starts = [_child(runtime, _SIXTEEN_TOKENS, 1)[0] for _ in range(repetitions + 1)][1:]
     long = " the" * 383
     return statistics.median(starts), _child(runtime, long, 128)[1]
 

@@ -26,7 +26,7 @@ def ridgeline(*args: str, **options: str) -> subprocess.CompletedProcess[str]:
     [
         ([], "no command given"),
         (["fly"], "No such command"),
-        (["run"], "Missing argument 'model'"),
+        (["run"], "Missing argument 'MODEL'"),
         (["run", "smollm2"], "Missing option '-p'"),
         (["run", "smollm2", "-p", ""], "the prompt is empty"),
         (["run", "smollm2", "-p", "x", "-n", "0"], "max_tokens must be an integer of at least 1"),

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.control.sim import SimExecutor, solo
 
 from ridgeline.core.errors import RequestError, RidgelineError
 from ridgeline.core.types import SamplingParams
 from ridgeline.engine.engine import Engine, EngineLimits
 from ridgeline.engine.request import Request
+from tests.control.sim import SimExecutor, solo
 
 VOCAB = 50
 EOS = frozenset({7, 31})

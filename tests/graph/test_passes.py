@@ -150,7 +150,7 @@ def test_a_gate_read_twice_is_not_fused():
 
     after = fuse_silu_mul.run(merge_projections.run(tiny(build)))
     assert not any(n.attrs.get("epilogue") for n in after.nodes)
-    assert "silu_mul" in [n.op for n in after.nodes]
+    assert [n.op for n in after.nodes] == ["embed", "linear", "split", "silu_mul", "add"]
 
 
 def test_up_times_silu_gate_is_the_same_pattern():
@@ -188,6 +188,16 @@ def test_a_value_also_read_in_f32_is_not_quantized_at_its_source():
 
     quantized = quantize_activations.run(tiny(build), {"q8_0": "q8"})
     assert [n.op for n in fuse_quantize.run(quantized).nodes] == [n.op for n in quantized.nodes]
+
+
+def test_a_value_that_is_an_output_is_not_quantized_at_its_source():
+    def build(g, x, a, b):
+        h = g.rms_norm(x, g.weight("w", (32,), F32), 1e-5)
+        return g.build(logits=g.linear(h, a), hidden=h)
+
+    after = fuse_quantize.run(quantize_activations.run(tiny(build), {"q8_0": "q8"}))
+    assert [n.op for n in after.nodes] == ["embed", "rms_norm", "quantize", "linear"]
+    assert after.outputs["hidden"].dtype == "f32"
 
 
 def test_dead_code_goes_and_cache_writes_stay():

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from ridgeline.backends.reference.cache import StepContext
 from ridgeline.backends.reference.executor import ReferenceExecutor
 from ridgeline.backends.reference.ops import run_op
+from ridgeline.core.formats import F32, Q4_1
 from ridgeline.core.hardware import DATASHEET, Peaks
+from ridgeline.graph.builder import GraphBuilder
 from ridgeline.graph.cost import Cost, Load, total
 from ridgeline.graph.ir import bound, row_bytes
 from ridgeline.graph.memory import ALIGNMENT, Lifetime, align, place
@@ -104,6 +106,17 @@ def test_every_activation_has_an_aligned_place(target):
     assert quantized == ({64 + 12 * 2, 96 + 12 * 3} if target.name == "cpu" else set())
 
 
+def test_an_output_made_early_is_never_overwritten():
+    g = GraphBuilder(8, 4)
+    early = x = g.embed(g.token_ids, g.weight("table", (10, 32), F32))
+    for _ in range(4):
+        x = g.silu(x)
+    plan = compile(g.build(logits=x, early=early), naive_target())
+    size, start = 8 * 32 * 4, plan.buffers[early.id].offset
+    others = [plan.buffers[v.id].offset for op in plan.segments[0].ops[1:] for v in op.outputs]
+    assert len(others) == 4 and all(abs(offset - start) >= size for offset in others)
+
+
 def test_a_cache_of_another_dtype_than_the_targets_is_refused():
     cfg = config()
     with pytest.raises(ValueError, match="bf16"):
@@ -123,6 +136,20 @@ def test_a_decode_step_reads_every_weight_byte_once():
     matrices = sum(w.tensor.shape[0] * w.tensor.shape[1] for w in weights.values() if len(w.tensor.shape) == 2)
     assert cost.dot["int8"] == 2 * matrices
     assert cost.dot["bf16"] == 4 * 100 * cfg.num_heads * cfg.head_dim * cfg.num_layers
+
+
+def test_the_cost_of_a_quantized_linear():
+    g = GraphBuilder(8, 4)
+    x = g.embed(g.token_ids, g.weight("table", (10, 64), F32))
+    built = g.build(logits=g.linear(x, g.weight("w", (48, 64), Q4_1)))
+    plan = compile(built, cpu_target("f32"))
+    quantize, linear = plan.segments[0].ops[1:]
+    load = Load(5, 5, 1, 5, 15)
+    # Per output and group of 32: a multiply-add of the scale and one of the minimum; each code unpacked once.
+    assert linear.cost(load) == Cost(
+        {"int8": 2.0 * 5 * 48 * 64}, 4 * 5 * 48 * 2, 48 * 64, 48 * 2 * 20, 0, 0, 5 * (64 + 24), 5 * 48 * 4
+    )
+    assert quantize.cost(load).act_written == linear.cost(load).act_read
 
 
 def test_load_counts_causal_pairs():

@@ -128,6 +128,16 @@ def test_minus_one_means_what_the_slot_sampled_last():
     np.testing.assert_array_equal(by_reference, by_value)
 
 
+def test_a_row_is_sampled_for_the_position_after_it():
+    _, driver = executor_and_driver()
+    row = np.zeros(1, SAMPLING_DTYPE)
+    row[0] = parameters(seed=5, temperature=3.0)
+    for length in (3, 1, 1, 1, 1, 1):
+        position = driver.lengths.get(0, 0) + length
+        output, logits = driver.step([(0, [1] * length)], row)
+        assert output.token_ids[0] == sample(logits[0], row[0], position).token
+
+
 def test_flagged_rows_wait_for_their_mask():
     _, driver = executor_and_driver()
     sampling = np.zeros(2, SAMPLING_DTYPE)

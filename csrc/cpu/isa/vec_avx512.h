@@ -68,7 +68,7 @@ inline F32 keep_first(F32 x, int n, F32 other) {
 inline I32 low_halves(I32 x) { return _mm512_and_si512(x, _mm512_set1_epi32(0xffff)); }
 inline F32 scale_by_power(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
 inline F32 round_even(F32 x) { return _mm512_roundscale_ps(x, 0); }
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
-inline void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+// Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
+inline __attribute__((always_inline)) void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 }  // namespace ridgeline::RL_ISA

@@ -148,7 +148,7 @@ inline F32 scale_by_power(F32 x, F32 n) {
   for (int i = 0; i < 16; i++) x[i] = std::ldexp(x[i], (int)n[i]);
   return x;
 }
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
-inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
+inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p); }
 
 }  // namespace ridgeline::RL_ISA

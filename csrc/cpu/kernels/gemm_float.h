@@ -1,5 +1,5 @@
 // The float matrix product: fp32 activations by fp32 or fp16 weights, bf16 activations by bf16 weights.
-// One output element is one chain of fused multiply-adds over K in ascending order, whatever R and C.
+// One output element is one chain of fused multiply-adds over K in ascending order, whatever R.
 #pragma once
 
 #include "isa/isa.h"
@@ -7,37 +7,31 @@
 
 namespace ridgeline::RL_ISA {
 
-template <Format kFormat, int R, int C>
-inline __attribute__((always_inline)) void gemm_float(F32 (&out)[R][C], const PackedMatrix& w,
-                                                      const uint8_t* const (&tiles)[C], const uint8_t* a,
+// out[r] = row r of `a` (`stride` bytes apart) times a panel's two tiles.
+template <Format kFormat, int R>
+inline __attribute__((always_inline)) void gemm_float(F32 (&out)[R][2], int k, const uint8_t* panel, const uint8_t* a,
                                                       size_t stride) {
 RL_UNROLL
-  for (int r = 0; r < R; r++)
-RL_UNROLL
-    for (int c = 0; c < C; c++) out[r][c] = zero_f();
-  constexpr size_t kStepBytes = kFormat == Format::F16 ? 32 : 64;
-  const int steps = kFormat == Format::BF16 ? w.k / 2 : w.k;
-  for (int i = 0; i < steps; i++) {
+  for (int r = 0; r < R; r++) out[r][0] = out[r][1] = zero_f();
+  constexpr int kTileBytes = kFormat == Format::F16 ? 32 : 64;
+  const int steps = kFormat == Format::BF16 ? k / 2 : k;
+  for (int i = 0; i < steps; i++, panel += 2 * kTileBytes) {
     if constexpr (kFormat == Format::BF16) {
-      I32 v[C];
-RL_UNROLL
-      for (int c = 0; c < C; c++) v[c] = load_i(tiles[c] + kStepBytes * i);
+      const I32 v[2] = {load_i(panel), load_i(panel + kTileBytes)};
 RL_UNROLL
       for (int r = 0; r < R; r++) {
         I32 x = splat_i(((const int32_t*)(a + r * stride))[i]);
-RL_UNROLL
-        for (int c = 0; c < C; c++) out[r][c] = dot_bf16(out[r][c], v[c], x);
+        out[r][0] = dot_bf16(out[r][0], v[0], x);
+        out[r][1] = dot_bf16(out[r][1], v[1], x);
       }
     } else {
-      F32 v[C];
-RL_UNROLL
-      for (int c = 0; c < C; c++)
-        v[c] = kFormat == Format::F16 ? load_f16(tiles[c] + kStepBytes * i) : load_f(tiles[c] + kStepBytes * i);
+      const F32 v[2] = {kFormat == Format::F16 ? load_f16(panel) : load_f(panel),
+                        kFormat == Format::F16 ? load_f16(panel + kTileBytes) : load_f(panel + kTileBytes)};
 RL_UNROLL
       for (int r = 0; r < R; r++) {
         F32 x = splat(((const float*)(a + r * stride))[i]);
-RL_UNROLL
-        for (int c = 0; c < C; c++) out[r][c] = fma(v[c], x, out[r][c]);
+        out[r][0] = fma(v[0], x, out[r][0]);
+        out[r][1] = fma(v[1], x, out[r][1]);
       }
     }
   }

@@ -1,6 +1,6 @@
-// The integer matrix product: int8 activations by 4- or 8-bit weights, R rows by C tiles at a time.
+// The integer matrix product: int8 activations by 4- or 8-bit weights, R rows by a panel of 32 columns.
 //
-// One output element is accumulated over groups of K in ascending order, whatever R and C:
+// One output element is accumulated over groups of K in ascending order, whatever R:
 //   exact integer sum over 32 products, one conversion, one fused multiply-add by scale_w * scale_a,
 //   and for formats with a minimum one by minimum * (scale_a * sum a).
 // So a row's result does not depend on the rows computed beside it.
@@ -18,115 +18,75 @@ inline I32 splat_word(const int8_t* p) {
 }
 
 template <Format kFormat>
-struct Weights;
+inline constexpr int kZeroPoint = kFormat == Format::Q4_0 ? 8 : kFormat == Format::Q8_0 ? 128 : 0;
 
-// 4-bit codes: one record of 64 bytes serves k = 4j .. 4j+3 and k = 16+4j .. 16+4j+3.
-struct FourBit {
-  static constexpr int kRecords = 4;
-  template <int R, int C>
-  static inline __attribute__((always_inline)) void dot(I32 (&acc)[R][C], const uint8_t* const (&codes)[C],
-                                                        const int8_t* const (&a)[R]) {
+// acc[r] += a group's 32 products; rows[r] points at the group's 32 activations.
+template <Format kFormat, int R>
+inline __attribute__((always_inline)) void dot_group(I32 (&acc)[R][2], const uint8_t* codes,
+                                                     const int8_t* const (&rows)[R]) {
+  constexpr bool kEight = kFormat == Format::Q8_0;
 RL_UNROLL
-    for (int j = 0; j < kRecords; j++) {
-      I32 lo[C], hi[C];
+  for (int j = 0; j < (kEight ? 8 : 4); j++) {
+    const I32 a = load_i(codes + 128 * j), b = load_i(codes + 128 * j + 64);
+    const I32 low[2] = {kEight ? a : low_nibbles(a), kEight ? b : low_nibbles(b)};
+    const I32 high[2] = {high_nibbles(a), high_nibbles(b)};
 RL_UNROLL
-      for (int c = 0; c < C; c++) {
-        I32 w = load_i(codes[c] + 64 * j);
-        lo[c] = low_nibbles(w);
-        hi[c] = high_nibbles(w);
-      }
-RL_UNROLL
-      for (int r = 0; r < R; r++) {
-        I32 x = splat_word(a[r] + 4 * j);
-RL_UNROLL
-        for (int c = 0; c < C; c++) acc[r][c] = dot_u8s8(acc[r][c], lo[c], x);
-        x = splat_word(a[r] + 16 + 4 * j);
-RL_UNROLL
-        for (int c = 0; c < C; c++) acc[r][c] = dot_u8s8(acc[r][c], hi[c], x);
+    for (int r = 0; r < R; r++) {
+      I32 x = splat_word(rows[r] + 4 * j);
+      acc[r][0] = dot_u8s8(acc[r][0], low[0], x);
+      acc[r][1] = dot_u8s8(acc[r][1], low[1], x);
+      if constexpr (!kEight) {
+        x = splat_word(rows[r] + 16 + 4 * j);
+        acc[r][0] = dot_u8s8(acc[r][0], high[0], x);
+        acc[r][1] = dot_u8s8(acc[r][1], high[1], x);
       }
     }
   }
-};
-template <>
-struct Weights<Format::Q4_1> : FourBit {
-  static constexpr int kZero = 0;
-  static constexpr bool kMinimum = true;
-};
-template <>
-struct Weights<Format::Q4_0> : FourBit {
-  static constexpr int kZero = 8;
-  static constexpr bool kMinimum = false;
-};
-template <>
-struct Weights<Format::Q8_0> {
-  static constexpr int kZero = 128;
-  static constexpr bool kMinimum = false;
-  template <int R, int C>
-  static inline __attribute__((always_inline)) void dot(I32 (&acc)[R][C], const uint8_t* const (&codes)[C],
-                                                        const int8_t* const (&a)[R]) {
-RL_UNROLL
-    for (int j = 0; j < 8; j++) {
-      I32 w[C];
-RL_UNROLL
-      for (int c = 0; c < C; c++) w[c] = load_i(codes[c] + 64 * j);
-RL_UNROLL
-      for (int r = 0; r < R; r++) {
-        I32 x = splat_word(a[r] + 4 * j);
-RL_UNROLL
-        for (int c = 0; c < C; c++) acc[r][c] = dot_u8s8(acc[r][c], w[c], x);
-      }
-    }
-  }
-};
+}
 
-// out[r][c] = rows r of `a` (q8 rows, `stride` bytes apart) times tile c.
-template <Format kFormat, int R, int C>
-inline __attribute__((always_inline)) void gemm_q8(F32 (&out)[R][C], const PackedMatrix& w,
-                                                   const uint8_t* const (&tiles)[C], const int8_t* a, size_t stride) {
-  using W = Weights<kFormat>;
-  constexpr int kGroupBytes = code_bytes_per_group(kFormat);
-  const int groups = w.k / kGroup;
+// out[r] = row r of `a` (q8 rows, `stride` bytes apart) times a panel. Meanwhile what lies `ahead` bytes
+// further on is fetched into the cache, if ahead is not 0.
+template <Format kFormat, int R>
+inline __attribute__((always_inline)) void gemm_q8(F32 (&out)[R][2], int k, const uint8_t* panel, const int8_t* a,
+                                                   size_t stride, size_t ahead) {
+  constexpr int kRecord = record_bytes(kFormat), kCodes = code_bytes(kFormat);
   const int8_t* rows[R];
-  const uint8_t* codes[C];
 RL_UNROLL
-  for (int r = 0; r < R; r++) rows[r] = a + r * stride;
-RL_UNROLL
-  for (int c = 0; c < C; c++) codes[c] = tiles[c];
-RL_UNROLL
-  for (int r = 0; r < R; r++)
-RL_UNROLL
-    for (int c = 0; c < C; c++) out[r][c] = zero_f();
-  const size_t scales_at = q8_scales_at(w.k), scaled_sums_at = q8_scaled_sums_at(w.k), sums_at = q8_sums_at(w.k);
-  for (int g = 0; g < groups; g++) {
-    I32 acc[R][C];
+  for (int r = 0; r < R; r++) {
+    rows[r] = a + r * stride;
+    out[r][0] = out[r][1] = zero_f();
+  }
+  const size_t scales_at = q8_scales_at(k), scaled_sums_at = q8_scaled_sums_at(k), sums_at = q8_sums_at(k);
+  for (int g = 0; g < k / kGroup; g++, panel += kRecord) {
+    I32 acc[R][2];
 RL_UNROLL
     for (int r = 0; r < R; r++) {
-      I32 init = zero_i();
-      if constexpr (W::kZero != 0) init = splat_i(-W::kZero * ((const int32_t*)(a + r * stride + sums_at))[g]);
-RL_UNROLL
-      for (int c = 0; c < C; c++) acc[r][c] = init;
+      acc[r][0] = zero_i();
+      if constexpr (kZeroPoint<kFormat> != 0)
+        acc[r][0] = splat_i(-kZeroPoint<kFormat> * ((const int32_t*)(a + r * stride + sums_at))[g]);
+      acc[r][1] = acc[r][0];
     }
-    W::template dot<R, C>(acc, codes, rows);
-    F32 scale[C], minimum[C];
+    if (ahead) {
 RL_UNROLL
-    for (int c = 0; c < C; c++) {
-      scale[c] = load_f16(tiles[c] + w.scales_at + 32 * g);
-      if constexpr (W::kMinimum) minimum[c] = load_f16(tiles[c] + w.minima_at + 32 * g);
+      for (int line = 0; line < kRecord; line += 64) prefetch(panel + ahead + line);
     }
+    dot_group<kFormat, R>(acc, panel, rows);
+    const F32 scale[2] = {load_f16(panel + kCodes), load_f16(panel + kCodes + 32)};
 RL_UNROLL
     for (int r = 0; r < R; r++) {
-      const int8_t* row = a + r * stride;
-      F32 s = splat(((const float*)(row + scales_at))[g]);
+      F32 s = splat(((const float*)(a + r * stride + scales_at))[g]);
+      out[r][0] = fma(to_f(acc[r][0]), mul(scale[0], s), out[r][0]);
+      out[r][1] = fma(to_f(acc[r][1]), mul(scale[1], s), out[r][1]);
+    }
+    if constexpr (kFormat == Format::Q4_1) {
+      const F32 minimum[2] = {load_f16(panel + kCodes + 64), load_f16(panel + kCodes + 96)};
 RL_UNROLL
-      for (int c = 0; c < C; c++) out[r][c] = fma(to_f(acc[r][c]), mul(scale[c], s), out[r][c]);
-      if constexpr (W::kMinimum) {
-        F32 t = splat(((const float*)(row + scaled_sums_at))[g]);
-RL_UNROLL
-        for (int c = 0; c < C; c++) out[r][c] = fma(minimum[c], t, out[r][c]);
+      for (int r = 0; r < R; r++) {
+        F32 t = splat(((const float*)(a + r * stride + scaled_sums_at))[g]);
+        out[r][0] = fma(minimum[0], t, out[r][0]);
+        out[r][1] = fma(minimum[1], t, out[r][1]);
       }
     }
-RL_UNROLL
-    for (int c = 0; c < C; c++) codes[c] += kGroupBytes;
 RL_UNROLL
     for (int r = 0; r < R; r++) rows[r] += kGroup;
   }

@@ -11,52 +11,61 @@
 namespace ridgeline::RL_ISA {
 namespace {
 
-constexpr int kMaxRows = 8;  // rows of one register block
+constexpr int kMaxRows = 8;      // rows of one register block
+constexpr int kStreamRows = 16;  // up to here the weights' bytes take longer than the arithmetic
+constexpr size_t kFetchAhead = 16384;
 
-template <Format kFormat, int R, int C>
-inline __attribute__((always_inline)) void gemm(F32 (&out)[R][C], const PackedMatrix& w,
-                                                const uint8_t* const (&tiles)[C], const uint8_t* x, size_t stride) {
+// Brings a panel into the cache. A core overlaps many cache misses only while it has little else to do: eight
+// rows of arithmetic between two 8-bit records leave memory idle (docs/perf-log.md).
+inline void read_through(const uint8_t* panel, size_t bytes) {
+  I32 sum = zero_i();
+  for (size_t i = 0; i < bytes; i += 64) sum = add_i(sum, load_i(panel + i));
+  keep(sum);
+}
+
+// R rows by one panel. `cold`: nobody has read the panel yet.
+template <Format kFormat, int R>
+inline __attribute__((always_inline)) void gemm(F32 (&out)[R][2], const PackedMatrix& w, const uint8_t* panel,
+                                                const uint8_t* x, size_t stride, bool cold) {
   if constexpr (is_quantized(kFormat)) {
-    gemm_q8<kFormat, R, C>(out, w, tiles, (const int8_t*)x, stride);
+    const bool busy = cold && R > 2;
+    if (kFormat == Format::Q8_0 && busy) read_through(panel, w.panel_bytes);
+    gemm_q8<kFormat, R>(out, w.k, panel, (const int8_t*)x, stride, kFormat != Format::Q8_0 && busy ? kFetchAhead : 0);
   } else {
-    gemm_float<kFormat, R, C>(out, w, tiles, x, stride);
+    gemm_float<kFormat, R>(out, w.k, panel, x, stride);
   }
 }
 
-// One register block: R rows from `row` by the tiles of `unit`.
+// One register block: R rows from `row` by one panel, or by two with a gated epilogue.
 template <Format kFormat, int R>
 __attribute__((noinline)) void block(const LinearArgs& a, const Step& s, int unit, int row) {
+  const bool cold = row == 0;
   const uint8_t* x = s.at(a.x, row);
-  const uint8_t* first = a.w.data + (size_t)unit * (a.epilogue == Epilogue::None ? 2 : 4) * a.w.tile_bytes;
   F32 acc[R][2];
   if (a.epilogue == Epilogue::None) {
-    const uint8_t* tiles[2] = {first, first + a.w.tile_bytes};
-    gemm<kFormat, R, 2>(acc, a.w, tiles, x, a.x.stride);
-    int column = unit * 32, width = std::min(32, a.w.n - column);
+    gemm<kFormat, R>(acc, a.w, a.w.data + (size_t)unit * a.w.panel_bytes, x, a.x.stride, cold);
+    int column = unit * kPanel, width = std::min(kPanel, a.w.n - column);
     for (int r = 0; r < R; r++) {
       float* out = (float*)s.at(a.out, row + r) + column;
-      if (width == 32) {
+      if (width == kPanel) {
         store_f(out, acc[r][0]);
-        store_f(out + 16, acc[r][1]);
+        store_f(out + kTile, acc[r][1]);
       } else {
-        float both[32];
+        float both[kPanel];
         store_f(both, acc[r][0]);
-        store_f(both + 16, acc[r][1]);
+        store_f(both + kTile, acc[r][1]);
         std::memcpy(out, both, 4 * (size_t)width);
       }
     }
     return;
   }
-  // Tiles alternate gate, up: two pairs give 32 columns of silu(gate) * up, one group to quantize.
+  // A panel is 16 columns of gate, then 16 of up: two of them give 32 columns of silu(gate) * up, one group.
+  const uint8_t* panel = a.w.data + (size_t)unit * 2 * a.w.panel_bytes;
   F32 low[R];
-  const uint8_t* tiles[2] = {first, first + a.w.tile_bytes};
-  gemm<kFormat, R, 2>(acc, a.w, tiles, x, a.x.stride);
+  gemm<kFormat, R>(acc, a.w, panel, x, a.x.stride, cold);
   for (int r = 0; r < R; r++) low[r] = mul(silu(acc[r][0]), acc[r][1]);
-  bool pair = (unit + 1) * 64 <= a.w.n;
-  if (pair) {
-    const uint8_t* next[2] = {first + 2 * a.w.tile_bytes, first + 3 * a.w.tile_bytes};
-    gemm<kFormat, R, 2>(acc, a.w, next, x, a.x.stride);
-  }
+  bool pair = (unit + 1) * 2 * kPanel <= a.w.n;
+  if (pair) gemm<kFormat, R>(acc, a.w, panel + a.w.panel_bytes, x, a.x.stride, cold);
   for (int r = 0; r < R; r++) {
     uint8_t* out = s.at(a.out, row + r);
     if (pair) {
@@ -92,19 +101,25 @@ const Block* blocks_of(Format f) {
 void linear(const LinearArgs& a, const Step& s, Worker& w) {
   const Block* blocks = blocks_of(a.w.format);
   int rows = s.rows(a.rows);
-  int columns = a.epilogue == Epilogue::None ? 32 : 64;
+  int columns = a.epilogue == Epilogue::None ? kPanel : 2 * kPanel;
   int units = (a.w.n + columns - 1) / columns;
   // Six rows by two tiles keep all accumulators in registers; up to 32 rows, eight read the weights
   // fewer times. Blocks differ by at most one row.
   int count = rows <= 32 ? (rows + 7) / 8 : (rows + 5) / 6;
-  int chunk = std::max(1, units / (8 * w.team.size()));
-  w.team.share(w.stage, units, chunk, [&](int begin, int end) {
+  auto run = [&](int begin, int end) {
     for (int unit = begin; unit < end; unit++)
       for (int b = 0; b < count; b++) {
         int from = (int)((long)rows * b / count), to = (int)((long)rows * (b + 1) / count);
         blocks[to - from](a, s, unit, from);
       }
-  });
+  };
+  // Few rows stream the weights: each thread keeps to its own part of them. Many rows are arithmetic, which
+  // is better shared out as threads become free.
+  if (rows <= kStreamRows) {
+    w.team.split(w.stage, w.thread, units, run);
+  } else {
+    w.team.share(w.stage, units, std::max(1, units / (8 * w.team.size())), run);
+  }
 }
 
 }  // namespace ridgeline::RL_ISA

@@ -31,33 +31,45 @@ double read_bytes(const uint8_t* data, size_t bytes, int variant) {
   return (double)reduce_add_i(add_i(add_i(a, b), add_i(c, d)));
 }
 
-// Sixteen independent chains of one instruction; kind 0 int8, 1 bf16, 2 fp32. Returns operations done.
-double spin_ops(int kind, long iterations) {
-  F32 f[16];
-  I32 n[16];
-  for (int i = 0; i < 16; i++) f[i] = zero_f(), n[i] = zero_i();
-  I32 ones = splat_i(0x01010101), pairs = splat_i(0x3c003c00);
-  F32 small = splat(1e-3f);
-  for (long k = 0; k < iterations; k++) {
-    // The compiler must not see that the operands never change.
-    asm volatile("" : "+m"(ones), "+m"(pairs), "+m"(small));
-    if (kind == 0) {
+I32 start_i(int chain) { return splat_i(chain); }
+F32 start_f(int chain) { return splat((float)chain); }
+
+// Twelve independent chains of one instruction. The operands are volatile once, so as not to be folded, and
+// chains start apart, so as not to be merged.
+template <class Acc, class Next>
+inline __attribute__((always_inline)) float chains(Acc (*start)(int), long iterations, Next next) {
+  Acc acc[12];
 RL_UNROLL
-      for (int i = 0; i < 16; i++) n[i] = dot_u8s8(n[i], ones, ones);
-    } else if (kind == 1) {
+  for (int i = 0; i < 12; i++) acc[i] = start(i);
+  for (long k = 0; k < iterations; k += 8) {
 RL_UNROLL
-      for (int i = 0; i < 16; i++) f[i] = dot_bf16(f[i], pairs, pairs);
-    } else {
+    for (int again = 0; again < 8; again++) {
 RL_UNROLL
-      for (int i = 0; i < 16; i++) f[i] = fma(small, small, f[i]);
+      for (int i = 0; i < 12; i++) acc[i] = next(acc[i]);
     }
   }
-  F32 total = zero_f();
-  for (int i = 0; i < 16; i++) total = add(total, add(f[i], to_f(n[i])));
-  volatile float sink = reduce_add(total);
+  float first = 0;
+  for (int i = 0; i < 12; i++) {
+    float lanes[16];
+    __builtin_memcpy(lanes, &acc[i], sizeof lanes);
+    first += lanes[0];
+  }
+  return first;
+}
+
+// kind 0: int8 dot, 1: bf16 dot, 2: fp32 fused multiply-add. Returns operations done.
+double spin_ops(int kind, long iterations) {
+  volatile int32_t one = 0x01010101, pair = 0x3c003c00;
+  volatile float thousandth = 1e-3f;
+  const I32 ones = splat_i(one), pairs = splat_i(pair);
+  const F32 small = splat(thousandth);
+  volatile float sink = 0;
+  if (kind == 0) sink = chains(start_i, iterations, [&](I32 x) { return dot_u8s8(x, ones, ones); });
+  if (kind == 1) sink = chains(start_f, iterations, [&](F32 x) { return dot_bf16(x, pairs, pairs); });
+  if (kind == 2) sink = chains(start_f, iterations, [&](F32 x) { return fma(small, small, x); });
   (void)sink;
   const double per_lane[] = {8, 4, 2};
-  return (double)iterations * 16 * 16 * per_lane[kind];
+  return (double)((iterations + 7) / 8 * 8) * 12 * kLanes * per_lane[kind];
 }
 
 }  // namespace ridgeline::RL_ISA

@@ -11,37 +11,37 @@ namespace {
 
 int chunk_of(int rows, int threads) { return rows / (4 * threads) + 1; }
 
-float weight_at(const PackedMatrix& w, const uint8_t* tile, int column, int k) {
-  auto half_at = [&](size_t at) {
-    float lanes[16];
-    store_f(lanes, load_f16(tile + at + 32 * (size_t)(k / kGroup)));
-    return lanes[column];
-  };
+float half_at(const uint8_t* panel, int column) {
+  float lanes[16];
+  store_f(lanes, load_f16(panel + column / kTile * 32));
+  return lanes[column % kTile];
+}
+
+// Column `column` of a panel at k.
+float weight_at(const PackedMatrix& w, const uint8_t* panel, int column, int k) {
   int in_group = k % kGroup;
+  const uint8_t* record = panel + (size_t)(k / kGroup) * record_bytes(w.format);
+  const uint8_t* scales = record + code_bytes(w.format);
   switch (w.format) {
     case Format::F32:
-      return ((const float*)tile)[(size_t)k * 16 + column];
-    case Format::F16: {
-      float lanes[16];
-      store_f(lanes, load_f16(tile + (size_t)k * 32));
-      return lanes[column];
-    }
+      return ((const float*)panel)[(size_t)k * kPanel + column];
+    case Format::F16:
+      return half_at(panel + (size_t)k * 64, column);
     case Format::BF16: {
-      uint32_t bits = (uint32_t)((const uint16_t*)tile)[(size_t)(k / 2) * 32 + 2 * column + k % 2] << 16;
+      uint32_t bits = (uint32_t)((const uint16_t*)panel)[(size_t)(k / 2) * 64 + 2 * column + k % 2] << 16;
       float x;
       std::memcpy(&x, &bits, 4);
       return x;
     }
     case Format::Q8_0: {
-      int code = tile[(size_t)(k / kGroup) * 512 + in_group / 4 * 64 + 4 * column + in_group % 4];
-      return half_at(w.scales_at) * (float)(code - 128);
+      int code = record[in_group / 4 * 128 + 4 * column + in_group % 4];
+      return half_at(scales, column) * (float)(code - 128);
     }
     default: {
-      int record = in_group % 16 / 4;
-      int byte = tile[(size_t)(k / kGroup) * 256 + record * 64 + 4 * column + in_group % 4];
+      int byte = record[in_group % 16 / 4 * 128 + 4 * column + in_group % 4];
       int code = in_group < 16 ? byte & 15 : byte >> 4;
-      float scale = half_at(w.scales_at);
-      return w.format == Format::Q4_0 ? scale * (float)(code - 8) : scale * (float)code + half_at(w.minima_at);
+      float scale = half_at(scales, column);
+      return w.format == Format::Q4_0 ? scale * (float)(code - 8) : scale * (float)code + half_at(scales + 64, column);
     }
   }
 }
@@ -52,9 +52,9 @@ void embed(const EmbedArgs& a, const Step& s, Worker& w) {
   w.team.share(w.stage, s.tokens, chunk_of(s.tokens, w.team.size()), [&](int begin, int end) {
     for (int t = begin; t < end; t++) {
       int id = s.token_ids[t];
-      const uint8_t* tile = a.table.data + (size_t)(id / kTile) * a.table.tile_bytes;
+      const uint8_t* panel = a.table.data + (size_t)(id / kPanel) * a.table.panel_bytes;
       float* out = (float*)s.at(a.out, t);
-      for (int k = 0; k < a.table.k; k++) out[k] = weight_at(a.table, tile, id % kTile, k);
+      for (int k = 0; k < a.table.k; k++) out[k] = weight_at(a.table, panel, id % kPanel, k);
     }
   });
 }

@@ -20,7 +20,9 @@ from ridgeline.graph.plan import Plan
 class HasValues(Protocol):
     """A weight that can be dequantized; ``models.load.Weight`` is one."""
 
-    def values(self) -> Array: ...
+    def values(self) -> Array:
+        """Float32, rows in the graph's order: [N, K] or [N]."""
+        ...
 
 
 def weight_array(info: WeightInfo, weights: Mapping[str, HasValues], dtype: Any) -> Array:

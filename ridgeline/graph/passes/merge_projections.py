@@ -41,13 +41,13 @@ def run(graph: Graph) -> Graph:
 
 
 def _gate_up(edit: Rewriter, mul: Node) -> list[Node] | None:
-    """[gate, up] linears of one input when ``mul`` is silu(gate) * up, with no other readers."""
+    """[gate, up] linears of one input when ``mul`` is silu(gate) * up."""
     for a, b in (mul.inputs, mul.inputs[::-1]):
         silu, up = edit.made_by(a, "silu"), edit.made_by(b, "linear")
         gate = edit.made_by(silu.inputs[0], "linear") if silu else None
         if silu is None or gate is None or up is None or gate.inputs[0] is not up.inputs[0]:
             continue
-        if gate is not up and all(edit.only_consumer(v) for v in (a, b, silu.inputs[0])):
+        if gate is not up:
             return [gate, up]
     return None
 

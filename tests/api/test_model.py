@@ -1,0 +1,65 @@
+"""The Python API on the embedded model and the native kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ridgeline import LLM, RequestError, SamplingParams
+
+PROMPTS = ["The capital of France is", "2, 4, 6, 8,", "Once upon a time there was a " * 12, "A"]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=12),
+    SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=20),
+    SamplingParams(temperature=1.0, top_k=40, min_p=0.02, seed=4, max_tokens=9, ignore_eos=True),
+    SamplingParams(temperature=0, max_tokens=16, logprobs=3),
+]
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2_path: Path) -> Iterator[LLM]:
+    with LLM(str(smollm2_path)) as model:
+        yield model
+
+
+def test_it_knows_the_capital_of_france(llm: LLM) -> None:
+    assert llm.generate(PROMPTS[0], PARAMS[0])[0].outputs[0].text.startswith(" Paris")
+    answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], PARAMS[0])[0].outputs[0]
+    assert "Paris" in answer.text and answer.finish_reason == "stop"
+
+
+def test_results_depend_on_neither_batch_nor_chunks_nor_threads(llm: LLM, smollm2_path: Path) -> None:
+    together = [r.outputs[0] for r in llm.generate(PROMPTS, PARAMS)]
+    assert together == [llm.generate(p, s)[0].outputs[0] for p, s in zip(PROMPTS, PARAMS, strict=True)]
+    with LLM(str(smollm2_path), threads=1, max_num_seqs=2, max_num_batched_tokens=7) as other:
+        assert together == [r.outputs[0] for r in other.generate(PROMPTS, PARAMS)]
+
+
+def test_streamed_text_is_the_text(llm: LLM) -> None:
+    for prompt, params in zip(PROMPTS, PARAMS, strict=True):
+        whole = llm.generate(prompt, params)[0].outputs[0]
+        deltas = list(llm.stream(prompt, params))
+        assert "".join(d.text for d in deltas) == whole.text
+        assert [t for d in deltas for t in d.token_ids] == whole.token_ids
+
+
+def test_logprobs_hold_the_sampled_token_and_the_best(llm: LLM) -> None:
+    output = llm.generate(PROMPTS[3], PARAMS[3])[0].outputs[0]
+    assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids)
+    for token, entry in zip(output.token_ids, output.logprobs, strict=True):
+        ranked = sorted(entry.values(), key=lambda e: -e.logprob)
+        assert len(entry) == 3 and [e.rank for e in ranked] == [1, 2, 3]
+        assert entry[token].rank == 1, "greedy takes the most likely"
+        assert all(e.logprob <= 0 for e in ranked)
+    assert (
+        "".join(entry[t].decoded_token for t, entry in zip(output.token_ids, output.logprobs, strict=True))
+        == output.text
+    )
+
+
+def test_a_prompt_beyond_the_context_is_refused_before_anything_runs(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="context is 8192"):
+        llm.generate(["short", "word " * 8200], PARAMS[0])
+    assert not llm.runtime.engine.has_work
