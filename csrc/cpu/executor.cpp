@@ -209,10 +209,9 @@ void Executor::run_ops() {
     for (size_t i = 0; i < ops_.size(); i++) {
       ops_[i](step_, w);
       team_.barrier();
-      w.stage++;
       lap(i);
     }
-    team_.share(w.stage, step_.sampled, 1, [&](int begin, int end) {
+    team_.share(w.shares++, step_.sampled, 1, [&](int begin, int end) {
       for (int row = begin; row < end; row++)
         if (!sampling_[(size_t)row].masked) sample_row(row, nullptr, thread);
     });

@@ -63,7 +63,7 @@ struct Step {
 struct Worker {
   Team& team;
   int thread;
-  int stage;         // barriers passed in this step
+  int shares;        // calls of Team::share in this step
   uint8_t* scratch;  // this thread's own, kScratchBytes
 };
 inline constexpr size_t kScratchBytes = 1 << 20;

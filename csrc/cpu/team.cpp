@@ -19,11 +19,12 @@ inline void relax() {
 #endif
 }
 
-// Spins until `ready`; gives the core away now and then in case another thread needs it.
+// Spins until `ready`, some 10 microseconds at first, then giving the core away each time: the thread waited for
+// may be queueing for this very core.
 template <class F>
 void spin_until(F&& ready) {
   for (int i = 0; !ready(); i++) {
-    if (i < 4096) {
+    if (i < 512) {
       relax();
     } else {
       sched_yield();

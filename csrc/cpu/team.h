@@ -1,4 +1,4 @@
-// A persistent team of threads that runs one job at a time, with a barrier between its stages.
+// A persistent team of threads that runs one job at a time, with a barrier between its parts.
 #pragma once
 
 #include <atomic>
@@ -29,25 +29,24 @@ class Team {
   void barrier();
 
   // Inside a job: one contiguous range of 0 .. count-1 for each thread, always the same one, so that what a
-  // thread's range reads stays in its own caches from step to step.
+  // thread's range reads stays in its own caches.
   template <class F>
-  void split(int stage, int thread, int count, F&& body) {
-    cursors_[(stage + 1) % 3].value.store(0, std::memory_order_relaxed);
+  void split(int thread, int count, F&& body) const {
     int begin = (int)((long)count * thread / size_), end = (int)((long)count * (thread + 1) / size_);
     if (begin < end) body(begin, end);
   }
 
-  // Inside a job: task indices 0 .. count-1 shared out among the threads, `chunk` at a time. Every
-  // thread calls it once between two barriers; `stage` is the number of barriers passed so far.
+  // Inside a job: task indices 0 .. count-1 shared out among the threads as they become free, `chunk` at a time.
+  // All threads make the same calls, counted from 0 in `call`, with a barrier between two.
   template <class F>
-  void share(int stage, int count, int chunk, F&& body) {
+  void share(int call, int count, int chunk, F&& body) {
     if (size_ == 1) {
-      body(0, count);
+      if (count > 0) body(0, count);
       return;
     }
-    std::atomic<int>& next = cursors_[stage % 3].value;
-    // Nobody reads the next stage's cursor yet, and everyone will have passed a barrier before.
-    cursors_[(stage + 1) % 3].value.store(0, std::memory_order_relaxed);
+    std::atomic<int>& next = cursors_[call % 3].value;
+    // Nobody reads the next call's cursor yet, and everyone will have passed a barrier before.
+    cursors_[(call + 1) % 3].value.store(0, std::memory_order_relaxed);
     for (;;) {
       int begin = next.fetch_add(chunk, std::memory_order_relaxed);
       if (begin >= count) break;

@@ -17,6 +17,13 @@ def align(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def row_stride(size: int) -> int:
+    """Bytes between rows of ``size`` bytes: aligned, and no multiple of 1024, or the same column of many rows
+    would share a few sets of a cache."""
+    stride = align(size)
+    return stride + ALIGNMENT if stride % 1024 == 0 else stride
+
+
 @dataclass(frozen=True)
 class Lifetime:
     """A block of ``size`` bytes in use from step ``first`` to step ``last``, both included."""

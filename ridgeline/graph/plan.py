@@ -8,7 +8,7 @@ from typing import Any
 
 from ridgeline.graph.cost import Cost, Load, total
 from ridgeline.graph.ir import CacheSpec, Dim, Graph, Value, bound, row_bytes
-from ridgeline.graph.memory import Lifetime, align, place
+from ridgeline.graph.memory import Lifetime, place, row_stride
 from ridgeline.graph.ops import OPS
 from ridgeline.graph.passes import PassReport, run_passes
 from ridgeline.graph.target import Target
@@ -119,6 +119,6 @@ def plan_memory(graph: Graph) -> tuple[dict[int, Buffer], int]:
     for value in graph.outputs.values():
         if value in first:
             last[value] = len(graph.nodes)
-    stride = {v: row_bytes(v) if len(v.shape) == 1 else align(row_bytes(v)) for v in first}
+    stride = {v: row_bytes(v) if len(v.shape) == 1 else row_stride(row_bytes(v)) for v in first}
     offsets, arena = place({v: Lifetime(first[v], last[v], stride[v] * bound(v.shape[0])) for v in first})
     return {v.id: Buffer(offsets[v], stride[v], v.shape[0]) for v in first}, arena

@@ -17,9 +17,6 @@ namespace ridgeline::RL_ISA {
 
 inline constexpr int kLanes = 16;
 
-// Makes the compiler compute x although nothing uses it.
-inline void keep(const I32& x) { asm volatile("" ::"m"(x)); }
-
 // e^x with at most 1 ulp of error for x in [-87, 88]; smaller x gives 0 or a denormal, -inf gives 0.
 // Range reduction by ln 2 in two parts, then the Taylor polynomial of degree 7 on [-ln2/2, ln2/2].
 inline F32 exp(F32 x) {

@@ -308,7 +308,7 @@ struct Task {
 void attention(const AttentionArgs& a, const Step& s, Worker& w) {
   Scratch& x = *(Scratch*)w.scratch;
   int count = (int)s.attention.size();
-  w.team.share(w.stage, count * a.kv_heads, 1, [&](int begin, int end) {
+  w.team.share(w.shares++, count * a.kv_heads, 1, [&](int begin, int end) {
     for (int i = begin; i < end; i++)
       Task{a, s, s.attention[(size_t)(i / a.kv_heads)], x, i % a.kv_heads, a.heads / a.kv_heads}.run();
   });

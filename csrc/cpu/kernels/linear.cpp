@@ -12,15 +12,14 @@ namespace ridgeline::RL_ISA {
 namespace {
 
 constexpr int kMaxRows = 8;      // rows of one register block
-constexpr int kStreamRows = 16;  // up to here the weights' bytes take longer than the arithmetic
+constexpr int kStreamRows = 32;  // up to here reading the weights matters beside the arithmetic
+constexpr int kBandRows = 64;    // rows that make it worth reading the weights once more
 constexpr size_t kFetchAhead = 16384;
 
-// Brings a panel into the cache. A core overlaps many cache misses only while it has little else to do: eight
-// rows of arithmetic between two 8-bit records leave memory idle (docs/perf-log.md).
-inline void read_through(const uint8_t* panel, size_t bytes) {
-  I32 sum = zero_i();
-  for (size_t i = 0; i < bytes; i += 64) sum = add_i(sum, load_i(panel + i));
-  keep(sum);
+// Starts to bring a panel into the cache. With 8-bit records a core asks for this many lines ahead of eight rows
+// of arithmetic only when told so beforehand (docs/perf-log.md).
+inline void fetch_panel(const uint8_t* panel, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) prefetch(panel + i);
 }
 
 // R rows by one panel. `cold`: nobody has read the panel yet.
@@ -28,18 +27,17 @@ template <Format kFormat, int R>
 inline __attribute__((always_inline)) void gemm(F32 (&out)[R][2], const PackedMatrix& w, const uint8_t* panel,
                                                 const uint8_t* x, size_t stride, bool cold) {
   if constexpr (is_quantized(kFormat)) {
-    const bool busy = cold && R > 2;
-    if (kFormat == Format::Q8_0 && busy) read_through(panel, w.panel_bytes);
-    gemm_q8<kFormat, R>(out, w.k, panel, (const int8_t*)x, stride, kFormat != Format::Q8_0 && busy ? kFetchAhead : 0);
+    constexpr bool kEight = kFormat == Format::Q8_0;
+    if (kEight && cold && R > 2) fetch_panel(panel + w.panel_bytes, w.panel_bytes);
+    gemm_q8<kFormat, R>(out, w.k, panel, (const int8_t*)x, stride, cold && !kEight ? kFetchAhead : 0);
   } else {
     gemm_float<kFormat, R>(out, w.k, panel, x, stride);
   }
 }
 
-// One register block: R rows from `row` by one panel, or by two with a gated epilogue.
+// One register block: R rows from `row` by one panel, or by two with a gated epilogue. `cold`: the first to read it.
 template <Format kFormat, int R>
-__attribute__((noinline)) void block(const LinearArgs& a, const Step& s, int unit, int row) {
-  const bool cold = row == 0;
+__attribute__((noinline)) void block(const LinearArgs& a, const Step& s, int unit, int row, bool cold) {
   const uint8_t* x = s.at(a.x, row);
   F32 acc[R][2];
   if (a.epilogue == Epilogue::None) {
@@ -78,7 +76,7 @@ __attribute__((noinline)) void block(const LinearArgs& a, const Step& s, int uni
   }
 }
 
-using Block = void (*)(const LinearArgs&, const Step&, int, int);
+using Block = void (*)(const LinearArgs&, const Step&, int, int, bool);
 
 template <Format kFormat>
 constexpr Block kBlocks[kMaxRows + 1] = {nullptr,           block<kFormat, 1>, block<kFormat, 2>,
@@ -100,26 +98,24 @@ const Block* blocks_of(Format f) {
 
 void linear(const LinearArgs& a, const Step& s, Worker& w) {
   const Block* blocks = blocks_of(a.w.format);
-  int rows = s.rows(a.rows);
-  int columns = a.epilogue == Epilogue::None ? kPanel : 2 * kPanel;
-  int units = (a.w.n + columns - 1) / columns;
-  // Six rows by two tiles keep all accumulators in registers; up to 32 rows, eight read the weights
-  // fewer times. Blocks differ by at most one row.
-  int count = rows <= 32 ? (rows + 7) / 8 : (rows + 5) / 6;
-  auto run = [&](int begin, int end) {
-    for (int unit = begin; unit < end; unit++)
-      for (int b = 0; b < count; b++) {
-        int from = (int)((long)rows * b / count), to = (int)((long)rows * (b + 1) / count);
-        blocks[to - from](a, s, unit, from);
-      }
-  };
-  // Few rows stream the weights: each thread keeps to its own part of them. Many rows are arithmetic, which
-  // is better shared out as threads become free.
-  if (rows <= kStreamRows) {
-    w.team.split(w.stage, w.thread, units, run);
-  } else {
-    w.team.share(w.stage, units, std::max(1, units / (8 * w.team.size())), run);
-  }
+  const int rows = s.rows(a.rows), columns = a.epilogue == Epilogue::None ? kPanel : 2 * kPanel;
+  const int units = (a.w.n + columns - 1) / columns;
+  // Each thread has a fixed rectangle, so that weights (few rows) or activations (many) stay in its caches from
+  // one operator or step to the next, even where cores share no cache.
+  const int threads = w.team.size();
+  int bands = std::clamp(rows / kBandRows, 1, threads);
+  while (threads % bands) bands--;
+  const int per_band = threads / bands, band = w.thread / per_band, place = w.thread % per_band;
+  const int row_begin = (int)((long)rows * band / bands), row_end = (int)((long)rows * (band + 1) / bands);
+  const int unit_begin = (int)((long)units * place / per_band), unit_end = (int)((long)units * (place + 1) / per_band);
+  // Six rows by a panel keep all accumulators in registers; for few rows, eight read the weights fewer times.
+  // Blocks differ by at most one row.
+  const int count = row_end - row_begin, most = count <= kStreamRows ? 8 : 6, parts = (count + most - 1) / most;
+  for (int unit = unit_begin; unit < unit_end; unit++)
+    for (int b = 0; b < parts; b++) {
+      int from = row_begin + count * b / parts, to = row_begin + count * (b + 1) / parts;
+      blocks[to - from](a, s, unit, from, b == 0);
+    }
 }
 
 }  // namespace ridgeline::RL_ISA

@@ -78,9 +78,7 @@ void rope_kv(const RopeKvArgs& a, const Step& s, Worker& w) {
   auto token = s.cache.dtype == Dtype::BF16  ? rope_token<Dtype::BF16>
                : s.cache.dtype == Dtype::F16 ? rope_token<Dtype::F16>
                                              : rope_token<Dtype::F32>;
-  // Whole blocks to a thread, so that two threads rarely write one cache line.
-  int chunk = s.tokens >= 64 ? kBlock : 1;
-  w.team.share(w.stage, s.tokens, chunk, [&](int begin, int end) {
+  w.team.split(w.thread, s.tokens, [&](int begin, int end) {
     for (int t = begin; t < end; t++) token(a, s, t);
   });
 }

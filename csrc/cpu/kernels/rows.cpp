@@ -1,5 +1,5 @@
 // Operators that work a row at a time: embedding, RMSNorm, activation quantization, elementwise, copies.
-// Each is bound by memory; rows are shared out among the threads and a row's arithmetic is one fixed order.
+// Each is bound by memory; a thread always has the same rows, and a row's arithmetic is one fixed order.
 #include <cmath>
 #include <cstring>
 
@@ -8,8 +8,6 @@
 
 namespace ridgeline::RL_ISA {
 namespace {
-
-int chunk_of(int rows, int threads) { return rows / (4 * threads) + 1; }
 
 float half_at(const uint8_t* panel, int column) {
   float lanes[16];
@@ -49,7 +47,7 @@ float weight_at(const PackedMatrix& w, const uint8_t* panel, int column, int k) 
 }  // namespace
 
 void embed(const EmbedArgs& a, const Step& s, Worker& w) {
-  w.team.share(w.stage, s.tokens, chunk_of(s.tokens, w.team.size()), [&](int begin, int end) {
+  w.team.split(w.thread, s.tokens, [&](int begin, int end) {
     for (int t = begin; t < end; t++) {
       int id = s.token_ids[t];
       const uint8_t* panel = a.table.data + (size_t)(id / kPanel) * a.table.panel_bytes;
@@ -62,7 +60,7 @@ void embed(const EmbedArgs& a, const Step& s, Worker& w) {
 // RMSNorm (Zhang and Sennrich, 2019), with an optional residual added first.
 void norm(const NormArgs& a, const Step& s, Worker& w) {
   int rows = s.rows(a.rows);
-  w.team.share(w.stage, rows, chunk_of(rows, w.team.size()), [&](int begin, int end) {
+  w.team.split(w.thread, rows, [&](int begin, int end) {
     float* y = (float*)w.scratch;
     for (int r = begin; r < end; r++) {
       const float* x = (const float*)s.at(a.x, r);
@@ -92,7 +90,7 @@ void norm(const NormArgs& a, const Step& s, Worker& w) {
 
 void quantize(const QuantizeArgs& a, const Step& s, Worker& w) {
   int rows = s.rows(a.rows);
-  w.team.share(w.stage, rows, chunk_of(rows, w.team.size()), [&](int begin, int end) {
+  w.team.split(w.thread, rows, [&](int begin, int end) {
     for (int r = begin; r < end; r++) store_row(a.out_dtype, s.at(a.out, r), a.k, (const float*)s.at(a.x, r));
   });
 }
@@ -107,7 +105,7 @@ void elementwise(const ElementwiseArgs& a, const Step& s, Worker& w) {
       default: return mul(silu(x), y);
     }
   };
-  w.team.share(w.stage, rows, chunk_of(rows, w.team.size()), [&](int begin, int end) {
+  w.team.split(w.thread, rows, [&](int begin, int end) {
     float* z = (float*)w.scratch;
     for (int r = begin; r < end; r++) {
       const float* x = (const float*)s.at(a.a, r);
@@ -127,14 +125,14 @@ void elementwise(const ElementwiseArgs& a, const Step& s, Worker& w) {
 }
 
 void select(const SelectArgs& a, const Step& s, Worker& w) {
-  w.team.share(w.stage, s.sampled, chunk_of(s.sampled, w.team.size()), [&](int begin, int end) {
+  w.team.split(w.thread, s.sampled, [&](int begin, int end) {
     for (int r = begin; r < end; r++) std::memcpy(s.at(a.out, r), s.at(a.x, s.sample_rows[r]), a.row_bytes);
   });
 }
 
 void concat(const ConcatArgs& a, const Step& s, Worker& w) {
   int rows = s.rows(a.rows);
-  w.team.share(w.stage, rows, chunk_of(rows, w.team.size()), [&](int begin, int end) {
+  w.team.split(w.thread, rows, [&](int begin, int end) {
     for (int r = begin; r < end; r++) {
       float* out = (float*)s.at(a.out, r);
       for (int p = 0; p < a.count; p++) {

@@ -22,12 +22,18 @@ class StoredWeight(Protocol):
     """A weight as it lies in its file; ``models.load.Weight`` is one."""
 
     @property
-    def tensor(self) -> WeightTensor: ...
+    def tensor(self) -> WeightTensor:
+        """Its bytes, shape and format."""
+        ...
 
     @property
-    def row_order(self) -> Any: ...
+    def row_order(self) -> Any:
+        """Row i of the plan's weight is row ``row_order[i]`` of the tensor; None: the same."""
+        ...
 
-    def values(self) -> Float32: ...
+    def values(self) -> Float32:
+        """Dequantized, in the plan's order."""
+        ...
 
 
 class CpuExecutor:
@@ -77,27 +83,12 @@ class CpuExecutor:
         isas = _native.available_isas()
         if isa is not None and isa not in isas:
             raise ConfigError(f"isa {isa!r} cannot run on this machine: use {' or '.join(isas)}")
-        spec, ops = plan.caches[0], [op for segment in plan.segments for op in segment.ops]
-        attention = next(op for op in ops if op.op == "attention")
-        rope = next(op for op in ops if op.op == "rope_kv_write")
-        logits = plan.outputs["logits"]
-        config = {
+        config = _geometry(plan) | {
             "isa": isa or "",
             "threads": threads or 0,
-            "max_tokens": bound(plan.inputs["token_ids"].shape[0]),
-            "max_sampled": bound(logits.shape[0]),
             "num_slots": num_slots,
             "max_blocks_per_slot": max_blocks_per_slot,
             "num_blocks": num_blocks[0],
-            "layers": len(spec.layers),
-            "heads": attention.attrs["num_heads"],
-            "kv_heads": spec.num_kv_heads,
-            "head_dim": spec.head_dim,
-            "vocab": bound(logits.shape[1]),
-            "kv_dtype": spec.dtype,
-            "arena_bytes": plan.arena_bytes,
-            "weight_bytes": packed_weight_bytes(plan),
-            "rope_frequency": _rope_frequencies(rope.attrs),
         }
         try:
             self.native = _native.Executor(config)
@@ -175,6 +166,27 @@ class CpuExecutor:
         return StepOutput(tokens, np.ones(len(tokens), np.int32), logprobs, top_ids, top_logprobs)
 
 
+def _geometry(plan: Plan) -> dict[str, Any]:
+    """What the native executor must know of the model and the largest step."""
+    spec, ops = plan.caches[0], [op for segment in plan.segments for op in segment.ops]
+    attention = next(op for op in ops if op.op == "attention")
+    rope = next(op for op in ops if op.op == "rope_kv_write")
+    logits = plan.outputs["logits"]
+    return {
+        "max_tokens": bound(plan.inputs["token_ids"].shape[0]),
+        "max_sampled": bound(logits.shape[0]),
+        "layers": len(spec.layers),
+        "heads": attention.attrs["num_heads"],
+        "kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab": bound(logits.shape[1]),
+        "kv_dtype": spec.dtype,
+        "arena_bytes": plan.arena_bytes,
+        "weight_bytes": packed_weight_bytes(plan),
+        "rope_frequency": _rope_frequencies(rope.attrs),
+    }
+
+
 def _rope_frequencies(attrs: Mapping[str, Any]) -> list[float]:
     dim = attrs["head_dim"]
     exponents = np.arange(0, dim, 2, dtype=np.float64) / dim
@@ -182,4 +194,3 @@ def _rope_frequencies(attrs: Mapping[str, Any]) -> list[float]:
     if attrs["freq_factors"] is not None:
         frequencies = frequencies / np.asarray(attrs["freq_factors"], np.float64)
     return [float(f) for f in frequencies]
-

@@ -1,0 +1,158 @@
+"""Every native operator that works on rows, on every instruction set, against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import ACTIVATION, ROW_CASES, RowCase, seed_of
+from ops.accuracy import Codes, assert_accurate, decode, reference
+from ops.lone import LoneGraph, NativeGraph, random_matrix, single_request
+
+from ridgeline.backends.cpu import _native
+from ridgeline.backends.reference.executor import weight_array
+from ridgeline.backends.reference.numerics import Q8, quantize_q8, rounded
+from ridgeline.core.formats import FORMATS
+from ridgeline.graph.ir import Graph, Value
+from ridgeline.weights.codecs import dequantize, quantize
+
+ISAS = _native.available_isas()
+
+
+def numbers(case: RowCase, width: int, rng: np.random.Generator) -> np.ndarray:
+    """[rows, width] float32 of the kind the case asks for."""
+    x = rng.standard_normal((case.rows, width))
+    if case.numbers == "outlier":
+        x[np.arange(case.rows), rng.integers(0, width, case.rows)] *= 1000
+    if case.numbers == "zero":
+        x[:, : width // 2 // 32 * 32 or width] = 0
+    return (x * {"tiny": 1e-30, "large": 1e6}.get(case.numbers, 1)).astype(np.float32)
+
+
+class Lone:
+    """A row case as a graph for the kernel, and as inputs for the reference."""
+
+    def __init__(self, case: RowCase) -> None:
+        rng = np.random.default_rng(seed_of(case))
+        self.case, self.attrs = case, dict(case.attrs)
+        self.graph = LoneGraph(case.rows, case.rows)
+        self.inputs: list[Any] = [numbers(case, width, rng) for width in case.widths]
+        values = [self.graph.activation(f"x{i}", x) for i, x in enumerate(self.inputs)]
+        self.sample_rows: np.ndarray | None = None
+        self.codes: Codes | None = None
+        if case.op == "select_rows":
+            self.sample_rows = np.flatnonzero(rng.random(case.rows) < 0.5).astype(np.int32)
+            self.inputs.append(self.sample_rows)
+            values.append(self.graph.sample_rows)
+        elif case.weight:
+            values = self._weight(values, rng)
+        self.outputs = self.graph.emit(case.op, values, self.attrs)
+
+    def _weight(self, values: list[Value], rng: np.random.Generator) -> list[Value]:
+        """Adds the matrix (or vector), and for a linear the activations it multiplies."""
+        assert self.case.weight
+        (name, n), g = self.case.weight, self.graph
+        if name == "vector":
+            vector = (1 + 0.2 * rng.standard_normal(n)).astype(np.float32)
+            self.inputs.append(vector)
+            return [*values, g.stored("w", (n,), FORMATS["f32"], quantize(FORMATS["f32"], vector))]
+        fmt, k = FORMATS[name], self.case.widths[0]
+        if self.attrs.get("epilogue"):
+            shape = (n // 2, k)
+            w = g.interleaved({part: random_matrix(fmt, *shape, rng) for part in ("gate", "up")}, shape, fmt)
+        else:
+            w = g.stored("w", (n, k), fmt, random_matrix(fmt, n, k, rng))
+        self.inputs.append(weight_array(w.info, g.values, np.float32))
+        if fmt.kind == "int":
+            parts = [Codes.of(fmt, g.values[p].tensor.data, g.values[p].tensor.shape[0]) for p in w.info.parts]
+            self.codes = parts[0].interleaved(parts[1]) if len(parts) == 2 else parts[0]
+        to = ACTIVATION[name]
+        if to != "f32":
+            x = self.inputs[0]
+            self.inputs[0] = quantize_q8(x) if to == "q8" else rounded(x, to)
+            values = list(g.emit("quantize", values, {"to": to}))
+        return [*values, w]
+
+    def graph_of(self, output: Value) -> Graph:
+        """The graph that hands out one of the operator's results."""
+        return self.graph.build(logits=output)
+
+
+def run_everywhere(lone: Lone, output: Value) -> dict[str, np.ndarray]:
+    """Raw rows by instruction set; the number of threads must not matter."""
+    results = {}
+    batch = single_request(lone.case.rows, lone.sample_rows)
+    for isa in ISAS:
+        by_threads = [
+            NativeGraph(lone.graph_of(output), lone.graph.values, isa=isa, threads=threads).run(batch)
+            for threads in (1, 2)
+        ]
+        np.testing.assert_array_equal(by_threads[0], by_threads[1])
+        results[isa] = by_threads[0]
+    return results
+
+
+@pytest.mark.parametrize("case", [c for c in ROW_CASES if c.op != "embed"], ids=lambda c: c.name)
+def test_row_operator(case: RowCase) -> None:
+    lone = Lone(case)
+    if case.op == "quantize":  # the truth before rounding is the input itself
+        expected = [(lone.inputs[0].astype(np.float64), lone.inputs[0])]
+    else:
+        expected = reference(case.op, lone.inputs, lone.attrs, codes=lone.codes)
+    for output, (truth, straightforward) in zip(lone.outputs, expected, strict=True):
+        for raw in run_everywhere(lone, output).values():
+            assert_accurate(raw, output.dtype, truth, straightforward)
+
+
+@pytest.mark.parametrize("case", [c for c in ROW_CASES if c.op == "quantize"], ids=lambda c: c.name)
+def test_quantized_activations_are_exactly_as_declared(case: RowCase) -> None:
+    """From the same fp32 numbers, every backend must make the same codes and scales."""
+    lone = Lone(case)
+    for raw in run_everywhere(lone, lone.outputs[0]).values():
+        got = decode(raw, lone.outputs[0].dtype)
+        if isinstance(got, Q8):
+            expected = quantize_q8(lone.inputs[0])
+            np.testing.assert_array_equal(got.codes, expected.codes)
+            np.testing.assert_array_equal(got.scales, expected.scales)
+        else:
+            np.testing.assert_array_equal(got, rounded(lone.inputs[0], "bf16"))
+
+
+@pytest.mark.parametrize("case", [c for c in ROW_CASES if c.op == "embed"], ids=lambda c: c.name)
+def test_embedding_is_exact(case: RowCase) -> None:
+    assert case.weight
+    fmt, width = FORMATS[case.weight[0]], case.weight[1]
+    rng = np.random.default_rng(seed_of(case))
+    data = random_matrix(fmt, 75, width, rng)
+    graph = LoneGraph(case.rows, case.rows)
+    output = graph.embed(graph.token_ids, graph.stored("table", (75, width), fmt, data))
+    batch = single_request(case.rows)
+    batch.token_ids[:] = ids = rng.integers(0, 75, case.rows)
+    for isa in ISAS:
+        raw = NativeGraph(graph.build(logits=output), graph.values, isa=isa, threads=2).run(batch)
+        np.testing.assert_array_equal(decode(raw, "f32"), dequantize(fmt, data, (75, width))[ids])
+
+
+@pytest.mark.parametrize("fmt", ["f32", "bf16", "q4_1"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, fmt: str) -> None:
+    """One row alone, and the same row anywhere among others, whatever register block it falls into."""
+    case = RowCase("linear", 65, (64,), (fmt, 50))
+    lone = Lone(case)
+    native = NativeGraph(lone.graph_of(lone.outputs[0]), lone.graph.values, isa=isa, threads=2)
+    whole = native.run(single_request(65))
+    for rows in range(1, 65):
+        np.testing.assert_array_equal(native.run(single_request(rows)), whole[:rows])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_numbers_too_small_to_invert_still_quantize(isa: str) -> None:
+    """127 / amax overflows below 4e-37; the codes must stay in range and the numbers as good as zero."""
+    lone = Lone(RowCase("quantize", 4, (64,), attrs=(("to", "q8"),)))
+    table = lone.graph.values["x0.table"].tensor.data
+    scaled = table.view(np.float32) * np.float32(1e-39)
+    lone.graph.stored("x0.table", (4, 64), FORMATS["f32"], quantize(FORMATS["f32"], scaled))
+    raw = NativeGraph(lone.graph_of(lone.outputs[0]), lone.graph.values, isa=isa, threads=1).run(single_request(4))
+    got = decode(raw, "q8")
+    assert isinstance(got, Q8) and np.abs(got.values()).max() < np.finfo(np.float32).tiny
