@@ -86,10 +86,11 @@ void Executor::check(const BatchView& b) const {
   if (b.sampled < 0 || b.sampled > config_.max_sampled) refuse("more rows to sample than the plan was built for");
   if (b.requests < 1 || b.requests > config_.num_slots) refuse("more requests than slots");
   if (b.query_starts[0] != 0 || b.query_starts[b.requests] != b.tokens) refuse("query_starts must run from 0 to T");
+  for (int r = 0; r < b.requests; r++)
+    if (b.query_starts[r] >= b.query_starts[r + 1]) refuse("query_starts must ascend: every request needs a token");
   const int limit = config_.max_blocks_per_slot * kBlock;
   for (int r = 0; r < b.requests; r++) {
     int begin = b.query_starts[r], end = b.query_starts[r + 1];
-    if (begin >= end) refuse("query_starts must ascend: every request needs a token");
     if (b.slots[r] < 0 || b.slots[r] >= config_.num_slots) refuse("slot out of range");
     for (int t = begin; t < end; t++) {
       if (b.positions[t] != b.positions[begin] + t - begin) refuse("positions of a request must be consecutive");
@@ -98,21 +99,26 @@ void Executor::check(const BatchView& b) const {
     }
     if (b.positions[begin] < 0 || b.positions[end - 1] >= limit) refuse("position outside the block table");
     if (b.context_lens[r] != b.positions[end - 1] + 1) refuse("context_lens must be the last position plus one");
-    const int32_t* table = &block_tables_[(size_t)b.slots[r] * config_.max_blocks_per_slot];
-    for (int i = 0; i <= b.positions[end - 1] / kBlock; i++)
-      if (table[i] < 0) refuse("a request's context reaches past its block table");
   }
   for (int i = 0; i < b.sampled; i++)
     if (b.sample_rows[i] < 0 || b.sample_rows[i] >= b.tokens) refuse("sample row out of range");
-}
-
-void Executor::apply_block_updates(const BatchView& b) {
   for (int i = 0; i < b.updates; i++) {
     const int32_t* u = b.block_updates + 3 * i;
     if (u[0] < 0 || u[0] >= config_.num_slots || u[1] < 0 || u[1] >= config_.max_blocks_per_slot || u[2] < 0 ||
         u[2] >= config_.num_blocks)
       refuse("block update out of range");
+  }
+}
+
+void Executor::update_block_tables(const BatchView& b) {
+  for (int i = 0; i < b.updates; i++) {
+    const int32_t* u = b.block_updates + 3 * i;
     block_tables_[(size_t)u[0] * config_.max_blocks_per_slot + u[1]] = u[2];
+  }
+  for (int r = 0; r < b.requests; r++) {
+    const int32_t* table = &block_tables_[(size_t)b.slots[r] * config_.max_blocks_per_slot];
+    for (int i = 0; i <= (b.context_lens[r] - 1) / kBlock; i++)
+      if (table[i] < 0) refuse("a request's context reaches past its block table");
   }
 }
 
@@ -159,8 +165,8 @@ void Executor::plan_attention(const BatchView& b) {
 }
 
 void Executor::launch(const BatchView& b) {
-  apply_block_updates(b);
   check(b);
+  update_block_tables(b);
   token_ids_.assign(b.token_ids, b.token_ids + b.tokens);
   positions_.assign(b.positions, b.positions + b.tokens);
   slots_.assign(b.slots, b.slots + b.requests);
@@ -227,6 +233,12 @@ void Executor::finish(const uint32_t* masks, int flagged) {
   if ((int)rows.size() != flagged) refuse("finish needs one token mask for each row flagged as masked");
   if (rows.empty()) return;
   const size_t words = ((size_t)config_.vocab + 31) / 32;
+  for (int i = 0; i < flagged; i++) {
+    const uint32_t* mask = masks + words * i;
+    bool any = mask[words - 1] << (31 - (config_.vocab - 1) % 32) != 0;
+    for (size_t w = 0; w + 1 < words; w++) any |= mask[w] != 0;
+    if (!any) refuse("a token mask allows no token");
+  }
   std::function<void(int)> job = [&](int thread) {
     team_.share(0, flagged, 1, [&](int begin, int end) {
       for (int i = begin; i < end; i++) sample_row(rows[(size_t)i], masks + words * i, thread);

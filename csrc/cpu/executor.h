@@ -47,7 +47,8 @@ class Executor {
   const ExecutorConfig& config() const { return config_; }
   void set_logits(Buffer logits) { logits_ = logits; }
 
-  // Runs one step and samples its unflagged rows. Throws std::invalid_argument on a malformed batch.
+  // Runs one step and samples its unflagged rows. Throws std::invalid_argument on a malformed batch, before anything
+  // has changed, or, with the block tables updated, when a context reaches past its table.
   void launch(const BatchView& batch);
   // Samples the rows flagged as masked: `masks` holds [flagged][ceil(vocab / 32)] words.
   void finish(const uint32_t* masks, int flagged);
@@ -68,7 +69,7 @@ class Executor {
 
  private:
   void check(const BatchView& batch) const;
-  void apply_block_updates(const BatchView& batch);
+  void update_block_tables(const BatchView& batch);
   void plan_attention(const BatchView& batch);
   void extend_rope(int positions);
   void run_ops();

@@ -1,6 +1,9 @@
 #include "team.h"
 
 #include <sched.h>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -31,6 +34,21 @@ void spin_until(F&& ready) {
     }
   }
 }
+
+// While a job runs: round to nearest even and flush denormals, whatever the calling program has set. A denormal
+// costs some processors a hundred cycles, and no kernel needs one.
+class FloatMode {
+ public:
+#if defined(__SSE__)
+  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80 | 0x8040); }
+  ~FloatMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  FloatMode() {}
+#endif
+};
 
 int cgroup_limit() {
   double quota = 0, period = 0;
@@ -78,6 +96,7 @@ void Team::work(int thread) {
     }
     seen = epoch_.load(std::memory_order_acquire);
     if (stop_.load()) return;
+    FloatMode mode;
     (*job_)(thread);
     barrier();
   }
@@ -88,6 +107,7 @@ void Team::run(const std::function<void(int)>& job) {
   cursors_[0].value.store(0);
   epoch_.fetch_add(1);
   if (sleeping_.load() > 0) epoch_.notify_all();
+  FloatMode mode;
   job(0);
   barrier();
 }

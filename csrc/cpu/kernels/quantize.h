@@ -1,6 +1,9 @@
 // Storing a vector pair of fp32 results in the activation type the next operator multiplies.
 #pragma once
 
+#include <algorithm>
+#include <limits>
+
 #include "isa/isa.h"
 #include "packed.h"
 #include "step.h"
@@ -11,7 +14,8 @@ namespace ridgeline::RL_ISA {
 inline void store_q8_group(uint8_t* row, int k, int g, F32 a, F32 b) {
   float amax = reduce_max(max(abs(a), abs(b)));
   float scale = amax / 127.0f;
-  F32 inverse = splat(amax > 0 ? 127.0f / amax : 0.0f);
+  // A maximum too small to invert would give infinity, and infinity times 0 is no code.
+  F32 inverse = splat(amax > 0 ? std::min(127.0f / amax, std::numeric_limits<float>::max()) : 0.0f);
   I32 qa = to_i(mul(a, inverse)), qb = to_i(mul(b, inverse));
   store_i8(row + kGroup * g, qa);
   store_i8(row + kGroup * g + 16, qb);

@@ -126,16 +126,16 @@ void report_logprobs(const SampleArgs& a, int token, int32_t* ids) {
 }
 
 // Cuts the survivors ids[0, count) down to the smallest prefix of the sorted order that holds top_p.
-int keep_top_p(const float* z, int32_t* ids, int count, float top, float top_p) {
+int keep_top_p(const float* z, int32_t* ids, int count, float top_p) {
   double total = 0;
-  for (int i = 0; i < count; i++) total += std::exp((double)z[ids[i]] - top);
+  for (int i = 0; i < count; i++) total += std::exp((double)z[ids[i]]);
   double seen = 0;
   for (int done = 0, want = 64; done < count; want *= 8) {
     int upto = std::min(count, want);
     if (upto < count) std::nth_element(ids + done, ids + upto, ids + count, Before{z});
     std::sort(ids + done, ids + upto, Before{z});
     for (; done < upto; done++) {
-      seen += std::exp((double)z[ids[done]] - top);
+      seen += std::exp((double)z[ids[done]]);
       if (seen >= top_p * total) return done + 1;
     }
   }
@@ -144,8 +144,10 @@ int keep_top_p(const float* z, int32_t* ids, int count, float top, float top_p) 
 
 int draw(const SampleArgs& a, const float* logits, float* z, int32_t* ids) {
   const SamplingRow& row = *a.row;
-  for (int i = 0; i < a.vocab; i++) z[i] = logits[i] / row.temperature;
-  float top = max_of(z, a.vocab), least = kLowest;
+  // Relative to the largest, so that a small temperature neither overflows nor drowns the noise.
+  const float largest = max_of(logits, a.vocab);
+  for (int i = 0; i < a.vocab; i++) z[i] = (logits[i] - largest) / row.temperature;
+  float least = kLowest;
   if (row.top_k > 0 && row.top_k < a.vocab) {
     float* sorted = (float*)ids;
     std::memcpy(sorted, z, 4 * (size_t)a.vocab);
@@ -157,10 +159,10 @@ int draw(const SampleArgs& a, const float* logits, float* z, int32_t* ids) {
     ids[count] = i;
     count += z[i] >= least && z[i] > kLowest;
   }
-  if (row.top_p < 1) count = keep_top_p(z, ids, count, top, row.top_p);
-  float floor = row.min_p > 0 ? top + (float)std::log((double)row.min_p) : kLowest, score = kLowest;
+  if (row.top_p < 1) count = keep_top_p(z, ids, count, row.top_p);
+  float floor = row.min_p > 0 ? (float)std::log((double)row.min_p) : kLowest, score = kLowest;
   for (int i = 0; i < count; i++)
-    if (z[ids[i]] == top) best = ids[i], score = top + gumbel_of(a, best);
+    if (z[ids[i]] == 0) best = ids[i], score = gumbel_of(a, best);
   for (int i = 0; i < count; i++) {
     int token = ids[i];
     if (z[token] < floor || z[token] + kMaxGumbel < score) continue;
@@ -189,7 +191,7 @@ void sample(const SampleArgs& a) {
     logits = masked;
   }
   int token = 0;
-  if (a.row->temperature > 0) {
+  if (a.row->temperature >= std::numeric_limits<float>::min()) {  // below: as good as greedy
     token = draw(a, logits, z, ids);
   } else {
     float top = max_of(logits, a.vocab);
