@@ -12,7 +12,7 @@ namespace ridgeline::RL_ISA {
 namespace {
 
 constexpr int kMaxRows = 8;      // rows of one register block
-constexpr int kStreamRows = 32;  // up to here reading the weights matters beside the arithmetic
+constexpr int kStreamRows = 16;  // up to here reading the weights matters beside the arithmetic
 constexpr int kBandRows = 64;    // rows that make it worth reading the weights once more
 constexpr size_t kFetchAhead = 16384;
 
