@@ -152,6 +152,11 @@ py::array_t<float> logits(const Executor& e) {
   return out;
 }
 
+RopeKvArgs rope_of(const Executor& e, Place qkv, Place q, int layer) {
+  const ExecutorConfig& g = e.config();
+  return {buffer_of(qkv), buffer_of(q), g.heads, g.kv_heads, g.head_dim, layer};
+}
+
 void bind_ops(py::class_<Executor>& c) {
   c.def("add_embed", [](Executor& e, const std::string& name, Place out, const PackedMatrix& table) {
     e.add_op(name, [a = EmbedArgs{buffer_of(out), table}, f = e.kernels().embed](const Step& s, Worker& w) {
@@ -160,8 +165,9 @@ void bind_ops(py::class_<Executor>& c) {
   });
   c.def("add_norm", [](Executor& e, const std::string& name, Place x, std::optional<Place> delta,
                        std::optional<Place> sum, Place out, const Array<float>& weight, float eps,
-                       const std::string& dtype, const std::string& rows) {
+                       const std::string& dtype, const std::string& rows, bool per_thread) {
     NormArgs a;
+    a.per_thread = per_thread;
     a.x = buffer_of(x);
     a.has_delta = delta.has_value();
     if (delta) a.delta = buffer_of(*delta);
@@ -172,8 +178,10 @@ void bind_ops(py::class_<Executor>& c) {
     a.eps = eps;
     a.out_dtype = dtype_of(dtype);
     a.rows = rows_of(rows);
-    if ((size_t)a.k * sizeof(float) > kScratchBytes) throw std::invalid_argument("a norm's row is too long");
-    e.add_op(name, [a, f = e.kernels().norm](const Step& s, Worker& w) { f(a, s, w); });
+    if (2 * (size_t)a.k * sizeof(float) > kScratchBytes) throw std::invalid_argument("a norm's row is too long");
+    using Free = Executor::Free;
+    Free free = !per_thread ? Free::Never : a.rows == Rows::Tokens ? Free::OneToken : Free::OneSampled;
+    e.add_op(name, [a, f = e.kernels().norm](const Step& s, Worker& w) { f(a, s, w); }, free);
   });
   c.def("add_quantize", [](Executor& e, const std::string& name, Place x, Place out, int k, const std::string& dtype,
                            const std::string& rows) {
@@ -181,23 +189,21 @@ void bind_ops(py::class_<Executor>& c) {
     e.add_op(name, [a, f = e.kernels().quantize](const Step& s, Worker& w) { f(a, s, w); });
   });
   c.def("add_linear", [](Executor& e, const std::string& name, Place x, Place out, const PackedMatrix& w,
-                         bool silu_mul, const std::string& dtype, const std::string& rows) {
-    LinearArgs a{buffer_of(x), buffer_of(out), w, silu_mul ? Epilogue::SiluMul : Epilogue::None, dtype_of(dtype),
-                 rows_of(rows)};
+                         bool silu_mul, const std::string& dtype, const std::string& rows, bool per_thread) {
+    LinearArgs a{buffer_of(x),     buffer_of(out), w, silu_mul ? Epilogue::SiluMul : Epilogue::None, per_thread,
+                 dtype_of(dtype), rows_of(rows)};
     if (silu_mul && w.n % 32) throw std::invalid_argument("a gated linear needs whole pairs of tiles");
     if (a.out_dtype == Dtype::Q8 && w.n % 64) throw std::invalid_argument("a q8 output needs whole groups of 32");
     e.add_op(name, [a, f = e.kernels().linear](const Step& s, Worker& k) { f(a, s, k); });
   });
   c.def("add_rope_kv", [](Executor& e, const std::string& name, Place qkv, Place q, int layer) {
-    const ExecutorConfig& g = e.config();
-    RopeKvArgs a{buffer_of(qkv), buffer_of(q), g.heads, g.kv_heads, g.head_dim, layer};
-    e.add_op(name, [a, f = e.kernels().rope_kv](const Step& s, Worker& w) { f(a, s, w); });
+    RopeKvArgs a = rope_of(e, qkv, q, layer);
+    e.add_op(name, [a, f = e.kernels().rope_kv](const Step& s, Worker& w) { f(a, s, w); }, Executor::Free::OneEach);
   });
-  c.def("add_attention", [](Executor& e, const std::string& name, Place q, Place out, int layer, float scale,
-                            const std::string& dtype) {
-    const ExecutorConfig& g = e.config();
-    AttentionArgs a{buffer_of(q), buffer_of(out), g.heads, g.kv_heads, g.head_dim, layer, scale, dtype_of(dtype)};
-    if (a.out_dtype != Dtype::F32 && g.head_dim % 32)
+  c.def("add_attention", [](Executor& e, const std::string& name, Place qkv, Place q, Place out, int layer,
+                            float scale, const std::string& dtype) {
+    AttentionArgs a{rope_of(e, qkv, q, layer), buffer_of(out), scale, dtype_of(dtype)};
+    if (a.out_dtype != Dtype::F32 && a.rope.head_dim % 32)
       throw std::invalid_argument("attention stores fp32 for this head size");
     e.add_op(name, [a, f = e.kernels().attention](const Step& s, Worker& w) { f(a, s, w); });
   });

@@ -76,9 +76,18 @@ const float* Executor::keep_vector(const float* values, size_t count) {
   return vectors_.back().get();
 }
 
-void Executor::add_op(std::string name, std::function<void(const Step&, Worker&)> run) {
+void Executor::add_op(std::string name, std::function<void(const Step&, Worker&)> run, Free free) {
   op_names_.push_back(std::move(name));
-  ops_.push_back(std::move(run));
+  ops_.push_back({std::move(run), free});
+}
+
+bool Executor::needs_barrier(const Op& op) const {
+  switch (op.free) {
+    case Free::OneToken: return step_.tokens != 1;
+    case Free::OneSampled: return step_.sampled != 1;
+    case Free::OneEach: return !step_.one_each;
+    default: return true;
+  }
 }
 
 void Executor::check(const BatchView& b) const {
@@ -190,6 +199,7 @@ void Executor::launch(const BatchView& b) {
   step_.tokens = b.tokens;
   step_.sampled = b.sampled;
   step_.requests = b.requests;
+  step_.one_each = b.tokens == b.requests;
   step_.token_ids = token_ids_.data();
   step_.positions = positions_.data();
   step_.request_of = request_of_.data();
@@ -213,8 +223,8 @@ void Executor::run_ops() {
       last = t;
     };
     for (size_t i = 0; i < ops_.size(); i++) {
-      ops_[i](step_, w);
-      team_.barrier();
+      ops_[i].run(step_, w);
+      if (needs_barrier(ops_[i])) team_.barrier();
       lap(i);
     }
     team_.share(w.shares++, step_.sampled, 1, [&](int begin, int end) {

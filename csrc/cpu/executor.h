@@ -42,7 +42,9 @@ class Executor {
   PackedMatrix pack(const std::vector<const uint8_t*>& rows, Format format, int k, int* bad_row);
   const float* keep_vector(const float* values, size_t count);
 
-  void add_op(std::string name, std::function<void(const Step&, Worker&)> run);
+  // When an operator needs no barrier behind it, because what follows reads what its own thread has written.
+  enum class Free { Never, OneToken, OneSampled, OneEach };
+  void add_op(std::string name, std::function<void(const Step&, Worker&)> run, Free free = Free::Never);
   const Kernels& kernels() const { return *kernels_; }
   const ExecutorConfig& config() const { return config_; }
   void set_logits(Buffer logits) { logits_ = logits; }
@@ -82,7 +84,12 @@ class Executor {
   size_t weights_used_ = 0;
   std::vector<std::unique_ptr<float[]>> vectors_;
   std::vector<Region> scratch_;
-  std::vector<std::function<void(const Step&, Worker&)>> ops_;
+  struct Op {
+    std::function<void(const Step&, Worker&)> run;
+    Free free;
+  };
+  bool needs_barrier(const Op& op) const;
+  std::vector<Op> ops_;
   std::vector<std::string> op_names_;
   std::vector<double> op_seconds_;
   bool profiling_ = false;

@@ -43,6 +43,7 @@ inline constexpr int kChunk = 256;   // keys per independent attention partial
 
 struct Step {
   int tokens = 0, sampled = 0, requests = 0;
+  bool one_each = false;  // every request has one token: attention rotates and writes keys itself
   uint8_t* arena = nullptr;
   const int32_t* token_ids = nullptr;       // [tokens], already resolved
   const int32_t* positions = nullptr;       // [tokens]
@@ -75,6 +76,7 @@ struct EmbedArgs {
 struct NormArgs {
   Buffer x, delta, sum, out;
   bool has_delta = false;
+  bool per_thread = false;  // a single row is computed by every thread, thread t's result in row t
   const float* weight = nullptr;
   int32_t k = 0;
   float eps = 0;
@@ -92,6 +94,7 @@ struct LinearArgs {
   Buffer x, out;
   PackedMatrix w;
   Epilogue epilogue = Epilogue::None;
+  bool per_thread = false;  // a single row of x is read from row t by thread t
   Dtype out_dtype = Dtype::F32;
   Rows rows = Rows::Tokens;
 };
@@ -100,8 +103,8 @@ struct RopeKvArgs {
   int32_t heads = 0, kv_heads = 0, head_dim = 0, layer = 0;
 };
 struct AttentionArgs {
-  Buffer q, out;
-  int32_t heads = 0, kv_heads = 0, head_dim = 0, layer = 0;
+  RopeKvArgs rope;  // its q is what attention reads
+  Buffer out;
   float scale = 0;
   Dtype out_dtype = Dtype::F32;
 };

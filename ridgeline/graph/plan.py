@@ -106,16 +106,17 @@ def compile(graph: Graph, target: Target) -> Plan:
 
 def plan_memory(graph: Graph) -> tuple[dict[int, Buffer], int]:
     """Buffers by value id and the arena's size. Inputs are live from before the first node to their last
-    reader, outputs to past the last node, others from their node to their last reader."""
+    reader, outputs to past the last node, others from their node to their last reader. All live one node longer
+    than that: a thread may begin an operator before others have ended the one before."""
     first: dict[Value, int] = {v: -1 for v in graph.inputs.values() if v.dtype != "cache"}
     last: dict[Value, int] = dict(first)
     for step, node in enumerate(graph.nodes):
         for value in node.inputs:
             if value in first:
-                last[value] = step
+                last[value] = step + 1
         for value in node.outputs:
             if value.dtype != "cache":
-                first[value] = last[value] = step
+                first[value], last[value] = step, step + 1
     for value in graph.outputs.values():
         if value in first:
             last[value] = len(graph.nodes)

@@ -106,6 +106,22 @@ def test_every_activation_has_an_aligned_place(target):
     assert quantized == ({64 + 12 * 2, 96 + 12 * 3} if target.name == "cpu" else set())
 
 
+def test_an_operator_never_writes_over_what_the_one_before_reads_or_writes():
+    """A thread may start an operator while another is still in the one before: no barrier guards a private row."""
+    cfg = config()
+    plan = compile(graph(cfg, random_weights(cfg, "q4_1", override={"embed": "q8_0"}), "bf16"), cpu_target("bf16"))
+    ops = plan.segments[0].ops
+
+    def places(values):
+        buffers = [plan.buffers[v.id] for v in values if v.dtype not in ("weight", "cache")]
+        return [(b.offset, b.offset + b.row_bytes * bound(b.rows)) for b in buffers]
+
+    for before, op in zip(ops, ops[1:], strict=False):
+        for start, end in places(op.outputs):
+            for other_start, other_end in places((*before.inputs, *before.outputs)):
+                assert end <= other_start or other_end <= start, (before.op, op.op)
+
+
 def test_an_output_made_early_is_never_overwritten():
     g = GraphBuilder(8, 4)
     early = x = g.embed(g.token_ids, g.weight("table", (10, 32), F32))

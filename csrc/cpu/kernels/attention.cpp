@@ -25,6 +25,7 @@ struct Scratch {
   float m[kRows], l[kRows];
   float tile_m[kTileRows], tile_l[kTileRows];
   alignas(64) float tile_o[kTileRows * kMaxDim];
+  alignas(64) uint8_t queries[kTileRows * kMaxDim * 4];  // of a task that rotates its own
 };
 static_assert(sizeof(Scratch) <= kScratchBytes);
 
@@ -226,7 +227,7 @@ struct Task {
   int head(int row) const { return kv_head * group + row % group; }
 
   void store(int row, float l, const float* o) const {
-    int dim = a.head_dim, width = a.heads * dim;
+    int dim = a.rope.head_dim, width = a.rope.heads * dim;
     uint8_t* out = s.at(a.out, token(row));
     F32 inverse = splat(1.0f / l);
     int first = head(row) * dim / 16;
@@ -240,12 +241,12 @@ struct Task {
   }
 
   void run_chunk(int chunk) const {
-    int dim = a.head_dim;
+    int dim = a.rope.head_dim;
     const int32_t* table = s.block_tables[t.request];
     int seen = std::min(kChunk, s.positions[t.token_end - 1] + 1 - chunk * kChunk);
     const uint8_t* keys[kChunk / kBlock];
     for (int b = 0; b < (seen + 15) / 16; b++)
-      keys[b] = kv_head_at(s.cache, table[chunk * (kChunk / kBlock) + b], a.layer, kv_head, dim);
+      keys[b] = kv_head_at(s.cache, table[chunk * (kChunk / kBlock) + b], a.rope.layer, kv_head, dim);
     const Partial* partials = s.cache.dtype == Dtype::BF16  ? kPartials<Dtype::BF16>
                               : s.cache.dtype == Dtype::F16 ? kPartials<Dtype::F16>
                                                             : kPartials<Dtype::F32>;
@@ -258,7 +259,8 @@ struct Task {
         if (limit <= 0) continue;
         at[count] = r;
         limits[count] = limit;
-        q[count++] = s.at(a.q, token(r)) + (size_t)head(r) * dim * element;
+        const size_t at_head = (size_t)(s.one_each ? r : head(r)) * dim * element;
+        q[count++] = (s.one_each ? x.queries : s.at(a.rope.q, token(r))) + at_head;
       }
       if (count == 0) continue;
       partials[count](q, keys, limits, dim, a.scale, row == 0, x);
@@ -267,32 +269,32 @@ struct Task {
   }
 
   void absorb(int row, int chunk, float m, float l, const float* o) const {
-    float* total = x.tile_o + (size_t)row * a.head_dim;
+    float* total = x.tile_o + (size_t)row * a.rope.head_dim;
     if (chunk == t.chunk_begin) {
       x.tile_m[row] = m;
       x.tile_l[row] = l;
-      std::memcpy(total, o, 4 * (size_t)a.head_dim);
+      std::memcpy(total, o, 4 * (size_t)a.rope.head_dim);
     } else {
-      merge(x.tile_m[row], x.tile_l[row], total, m, l, o, a.head_dim);
+      merge(x.tile_m[row], x.tile_l[row], total, m, l, o, a.rope.head_dim);
     }
   }
 
   // A split task leaves its one chunk's partial; whoever finishes last merges all of them in order.
   void finish_split() const {
-    int dim = a.head_dim, stride = dim + 2;
-    size_t index = (size_t)(t.split + t.chunk_begin) * a.heads + (size_t)kv_head * group;
+    int dim = a.rope.head_dim, stride = dim + 2;
+    size_t index = (size_t)(t.split + t.chunk_begin) * a.rope.heads + (size_t)kv_head * group;
     for (int r = 0; r < group; r++) {
       float* p = s.partials + (index + r) * stride;
       p[0] = x.tile_m[r];
       p[1] = x.tile_l[r];
       std::memcpy(p + 2, x.tile_o + (size_t)r * dim, 4 * (size_t)dim);
     }
-    std::atomic<int32_t>& arrived = s.partial_counts[(size_t)t.request * a.kv_heads + kv_head];
+    std::atomic<int32_t>& arrived = s.partial_counts[(size_t)t.request * a.rope.kv_heads + kv_head];
     if (arrived.fetch_add(1, std::memory_order_acq_rel) != t.num_splits - 1) return;
     arrived.store(0, std::memory_order_relaxed);
     for (int r = 0; r < group; r++) {
       for (int c = 0; c < t.num_splits; c++) {
-        size_t from = (size_t)(t.split + c) * a.heads + (size_t)kv_head * group + r;
+        size_t from = (size_t)(t.split + c) * a.rope.heads + (size_t)kv_head * group + r;
         const float* p = s.partials + from * stride;
         float* total = x.tile_o + (size_t)r * dim;
         if (c == 0) {
@@ -307,10 +309,25 @@ struct Task {
     }
   }
 
+  // With one token to a request: what the rope_kv operator does otherwise, for this KV head.
+  template <Dtype kType>
+  void rotate_own() const {
+    const size_t element = kType == Dtype::BF16 ? 2 : 4;
+    for (int r = 0; r < group; r++)
+      rope_query<kType>(a.rope, s, t.token_begin, head(r), x.queries + (size_t)r * a.rope.head_dim * element);
+    const bool last = t.split < 0 || t.chunk_end == t.num_splits;  // the chunk that holds the token itself
+    if (last) rope_key_value<kType>(a.rope, s, t.token_begin, kv_head);
+  }
+
   void run() const {
+    if (s.one_each) {
+      if (s.cache.dtype == Dtype::BF16) rotate_own<Dtype::BF16>();
+      if (s.cache.dtype == Dtype::F16) rotate_own<Dtype::F16>();
+      if (s.cache.dtype == Dtype::F32) rotate_own<Dtype::F32>();
+    }
     for (int chunk = t.chunk_begin; chunk < t.chunk_end; chunk++) run_chunk(chunk);
     if (t.split >= 0) return finish_split();
-    for (int r = 0; r < rows(); r++) store(r, x.tile_l[r], x.tile_o + (size_t)r * a.head_dim);
+    for (int r = 0; r < rows(); r++) store(r, x.tile_l[r], x.tile_o + (size_t)r * a.rope.head_dim);
   }
 };
 
@@ -319,9 +336,9 @@ struct Task {
 void attention(const AttentionArgs& a, const Step& s, Worker& w) {
   Scratch& x = *(Scratch*)w.scratch;
   int count = (int)s.attention.size();
-  w.team.share(w.shares++, count * a.kv_heads, 1, [&](int begin, int end) {
+  w.team.share(w.shares++, count * a.rope.kv_heads, 1, [&](int begin, int end) {
     for (int i = begin; i < end; i++)
-      Task{a, s, s.attention[(size_t)(i / a.kv_heads)], x, i % a.kv_heads, a.heads / a.kv_heads}.run();
+      Task{a, s, s.attention[(size_t)(i / a.rope.kv_heads)], x, i % a.rope.kv_heads, a.rope.heads / a.rope.kv_heads}.run();
   });
 }
 

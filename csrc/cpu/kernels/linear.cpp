@@ -37,8 +37,7 @@ inline __attribute__((always_inline)) void gemm(F32 (&out)[R][2], const PackedMa
 
 // One register block: R rows from `row` by one panel, or by two with a gated epilogue. `cold`: the first to read it.
 template <Format kFormat, int R>
-__attribute__((noinline)) void block(const LinearArgs& a, const Step& s, int unit, int row, bool cold) {
-  const uint8_t* x = s.at(a.x, row);
+__attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const uint8_t* x, int unit, int row, bool cold) {
   F32 acc[R][2];
   if (a.epilogue == Epilogue::None) {
     gemm<kFormat, R>(acc, a.w, a.w.data + (size_t)unit * a.w.panel_bytes, x, a.x.stride, cold);
@@ -76,7 +75,7 @@ __attribute__((noinline)) void block(const LinearArgs& a, const Step& s, int uni
   }
 }
 
-using Block = void (*)(const LinearArgs&, const Step&, int, int, bool);
+using Block = void (*)(const LinearArgs&, const Step&, const uint8_t*, int, int, bool);
 
 template <Format kFormat>
 constexpr Block kBlocks[kMaxRows + 1] = {nullptr,           block<kFormat, 1>, block<kFormat, 2>,
@@ -114,7 +113,8 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
   for (int unit = unit_begin; unit < unit_end; unit++)
     for (int b = 0; b < parts; b++) {
       int from = row_begin + count * b / parts, to = row_begin + count * (b + 1) / parts;
-      blocks[to - from](a, s, unit, from, b == 0);
+      const uint8_t* x = s.at(a.x, rows == 1 && a.per_thread ? w.thread : from);
+      blocks[to - from](a, s, x, unit, from, b == 0);
     }
 }
 

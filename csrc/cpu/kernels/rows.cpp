@@ -60,34 +60,43 @@ void embed(const EmbedArgs& a, const Step& s, Worker& w) {
   });
 }
 
-// RMSNorm (Zhang and Sennrich, 2019), with an optional residual added first.
+namespace {
+
+// RMSNorm (Zhang and Sennrich, 2019) of one row into `out`, with an optional residual added first into `sum`.
+void norm_row(const NormArgs& a, const float* x, const float* delta, float* sum, float* y, uint8_t* out) {
+  int i = 0;
+  if (delta) {
+    for (; i + 16 <= a.k; i += 16) store_f(sum + i, add(load_f(x + i), load_f(delta + i)));
+    for (; i < a.k; i++) sum[i] = x[i] + delta[i];
+    x = sum;
+  }
+  F32 squares = zero_f();
+  for (i = 0; i + 16 <= a.k; i += 16) {
+    F32 v = load_f(x + i);
+    squares = fma(v, v, squares);
+  }
+  float total = reduce_add(squares);
+  for (; i < a.k; i++) total += x[i] * x[i];
+  float scale = 1.0f / std::sqrt(total / (float)a.k + a.eps);
+  for (i = 0; i + 16 <= a.k; i += 16) store_f(y + i, mul(mul(load_f(x + i), splat(scale)), load_f(a.weight + i)));
+  for (; i < a.k; i++) y[i] = x[i] * scale * a.weight[i];
+  store_row(a.out_dtype, out, a.k, y);
+}
+
+}  // namespace
+
 void norm(const NormArgs& a, const Step& s, Worker& w) {
-  int rows = s.rows(a.rows);
+  float *y = (float*)w.scratch, *spare = y + a.k;
+  auto row = [&](int r, float* sum, uint8_t* out) {
+    norm_row(a, (const float*)s.at(a.x, r), a.has_delta ? (const float*)s.at(a.delta, r) : nullptr, sum, y, out);
+  };
+  const int rows = s.rows(a.rows);
+  if (rows == 1 && a.per_thread) {
+    row(0, w.thread == 0 && a.has_delta ? (float*)s.at(a.sum, 0) : spare, s.at(a.out, w.thread));
+    return;
+  }
   w.team.split(w.thread, rows, [&](int begin, int end) {
-    float* y = (float*)w.scratch;
-    for (int r = begin; r < end; r++) {
-      const float* x = (const float*)s.at(a.x, r);
-      if (a.has_delta) {
-        const float* delta = (const float*)s.at(a.delta, r);
-        float* sum = (float*)s.at(a.sum, r);
-        int i = 0;
-        for (; i + 16 <= a.k; i += 16) store_f(sum + i, add(load_f(x + i), load_f(delta + i)));
-        for (; i < a.k; i++) sum[i] = x[i] + delta[i];
-        x = sum;
-      }
-      F32 squares = zero_f();
-      int i = 0;
-      for (; i + 16 <= a.k; i += 16) {
-        F32 v = load_f(x + i);
-        squares = fma(v, v, squares);
-      }
-      float total = reduce_add(squares);
-      for (; i < a.k; i++) total += x[i] * x[i];
-      float scale = 1.0f / std::sqrt(total / (float)a.k + a.eps);
-      for (i = 0; i + 16 <= a.k; i += 16) store_f(y + i, mul(mul(load_f(x + i), splat(scale)), load_f(a.weight + i)));
-      for (; i < a.k; i++) y[i] = x[i] * scale * a.weight[i];
-      store_row(a.out_dtype, s.at(a.out, r), a.k, y);
-    }
+    for (int r = begin; r < end; r++) row(r, a.has_delta ? (float*)s.at(a.sum, r) : nullptr, s.at(a.out, r));
   });
 }
 

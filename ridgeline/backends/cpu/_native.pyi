@@ -56,13 +56,24 @@ class Executor:
         eps: float,
         dtype: str,
         rows: str,
+        per_thread: bool,
     ) -> None: ...
     def add_quantize(self, name: str, x: _Place, out: _Place, k: int, dtype: str, rows: str) -> None: ...
     def add_linear(
-        self, name: str, x: _Place, out: _Place, w: PackedMatrix, silu_mul: bool, dtype: str, rows: str
+        self,
+        name: str,
+        x: _Place,
+        out: _Place,
+        w: PackedMatrix,
+        silu_mul: bool,
+        dtype: str,
+        rows: str,
+        per_thread: bool,
     ) -> None: ...
     def add_rope_kv(self, name: str, qkv: _Place, q: _Place, layer: int) -> None: ...
-    def add_attention(self, name: str, q: _Place, out: _Place, layer: int, scale: float, dtype: str) -> None: ...
+    def add_attention(
+        self, name: str, qkv: _Place, q: _Place, out: _Place, layer: int, scale: float, dtype: str
+    ) -> None: ...
     def add_select(self, name: str, x: _Place, out: _Place) -> None: ...
     def add_elementwise(
         self, name: str, op: str, x: _Place, y: _Place, out: _Place, k: int, dtype: str, rows: str

@@ -40,10 +40,11 @@ class Lowering:
         weights: Mapping[str, Any],
     ) -> None:
         self._plan, self._native, self._matrices, self._weights = plan, native, matrices, weights
+        self._ops = [op for segment in plan.segments for op in segment.ops]
 
     def run(self) -> None:
         """Raises UnsupportedError for an operator without a native kernel."""
-        for op in (op for segment in self._plan.segments for op in segment.ops):
+        for op in self._ops:
             method: Callable[[PlanOp, str], None] | None = getattr(self, f"_lower_{op.op}", None)
             if method is None:
                 raise UnsupportedError(f"the CPU executor has no kernel for operator {op.op!r}")
@@ -86,7 +87,18 @@ class Lowering:
             op.attrs["eps"],
             out.dtype,
             _rows(out),
+            self._is_per_thread(out),
         )
+
+    def _is_per_thread(self, value: Value) -> bool:
+        """Whether a lone row of ``value`` is computed by every thread for itself, which saves a barrier: a norm
+        read by the linear that follows it and by nothing else, in a buffer with a row for each thread."""
+        readers = [i for i, op in enumerate(self._ops) if value in op.inputs]
+        makers = [i for i, op in enumerate(self._ops) if value in op.outputs]
+        if len(readers) != 1 or not makers or readers[0] != makers[0] + 1:
+            return False
+        norm = self._ops[makers[0]].op in ("rms_norm", "add_rms_norm")
+        return norm and self._ops[readers[0]].op == "linear" and bound(value.shape[0]) >= self._native.threads
 
     def _lower_quantize(self, op: PlanOp, name: str) -> None:
         (x,), (out,) = op.inputs, op.outputs
@@ -100,7 +112,14 @@ class Lowering:
         gated = op.attrs["epilogue"] == "silu_mul"
         matrix = self._matrices[weight.name]
         self._native.add_linear(
-            f"linear {weight.name}", self._place(x), self._place(out), matrix, gated, out.dtype, _rows(out)
+            f"linear {weight.name}",
+            self._place(x),
+            self._place(out),
+            matrix,
+            gated,
+            out.dtype,
+            _rows(out),
+            self._is_per_thread(x),
         )
 
     def _lower_rope_kv_write(self, op: PlanOp, name: str) -> None:
@@ -112,8 +131,17 @@ class Lowering:
         out = op.outputs[0]
         if op.attrs["window"] is not None:
             raise UnsupportedError("the CPU executor has no sliding-window attention")
+        rope = next((r for r in self._ops if q in r.outputs and cache in r.outputs and r.op == "rope_kv_write"), None)
+        if rope is None:
+            raise UnsupportedError("the CPU executor has no attention apart from rope_kv_write")
         self._native.add_attention(
-            f"attention {name}", self._place(q), self._place(out), _layer(cache), op.attrs["scale"], out.dtype
+            f"attention {name}",
+            self._place(rope.inputs[0]),
+            self._place(q),
+            self._place(out),
+            _layer(cache),
+            op.attrs["scale"],
+            out.dtype,
         )
 
     def _lower_select_rows(self, op: PlanOp, name: str) -> None:

@@ -1,0 +1,104 @@
+"""A prompt's logits, and what is sampled from them, never change by a bit: not with the batch, not with the chunks
+of its prefill, not with slots and blocks, not with the number of threads; on every instruction set here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graph.small_llama import config, random_weights
+from invariance.mixes import assert_same, run_alone, run_mix, run_steps
+
+from ridgeline.backends.cpu import _native
+from ridgeline.backends.cpu.executor import CpuExecutor
+from ridgeline.graph.plan import compile
+from ridgeline.graph.target import cpu_target
+from ridgeline.models import llama
+from ridgeline.models.load import load_model
+
+ISAS = _native.available_isas()
+SLOTS, MAX_TOKENS, MAX_ROWS = 6, 700, 24
+
+# Weight format, exceptions by weight, cache dtype, config: between them every format and dtype, grouped and plain
+# queries, tied and untied heads, merged and unmerged projections.
+MODELS = {
+    "q4_1": ("q4_1", {}, "bf16", {"num_heads": 6}),
+    "q8_0-f16": ("q8_0", {"embed": "f16"}, "f16", {"tied": False, "intermediate_size": 160}),
+    "q4_0-f32": ("q4_0", {}, "f32", {"num_kv_heads": 4, "head_dim": 96}),
+    "bf16": ("bf16", {}, "bf16", {"num_heads": 8, "num_kv_heads": 1, "head_dim": 64, "intermediate_size": 80}),
+    "f32": ("f32", {}, "bf16", {"num_heads": 3, "num_kv_heads": 1, "head_dim": 48}),
+    "mixed": ("q8_0", {"v": "f16", "up": "bf16", "lm_head": "f32"}, "bf16", {"tied": False}),
+}
+
+
+def executor(name: str, isa: str, threads: int) -> CpuExecutor:
+    """A small random model on the native executor."""
+    fmt, override, kv_dtype, changes = MODELS[name]
+    cfg = config(**{"context_length": 1024, "head_dim": 32, **changes})
+    weights = random_weights(cfg, fmt, seed=len(name), override=override)
+    formats = {n: w.tensor.format for n, w in weights.items()}
+    graph = llama.build(
+        cfg, formats, max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, kv_dtype=kv_dtype, block_size=16
+    )
+    plan = compile(graph, cpu_target(kv_dtype))
+    size = {"num_slots": SLOTS, "num_blocks": [SLOTS * 44], "max_blocks_per_slot": 44}
+    return CpuExecutor(plan, weights, **size, threads=threads, isa=isa)
+
+
+def prompts(seed: int, lengths: tuple[int, ...], vocab: int = 80) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab, n).astype(np.int32) for n in lengths]
+
+
+LENGTHS = (1, 16, 45, 130, 258, 300, 33, 7, 2, 64)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_random_mixes_give_the_bits_of_a_request_alone(isa: str, name: str) -> None:
+    ids = prompts(len(name), LENGTHS)
+    size = {"slots": SLOTS, "max_tokens": 200, "max_rows": MAX_ROWS}
+    first = run_mix(executor(name, isa, 2), ids, 1, **size)
+    alone = run_alone(executor(name, isa, 1), ids, list(first)[:60], max_rows=MAX_ROWS)
+    assert_same(first, alone)
+    for seed, threads in ((2, 1), (3, 3), (4, 2)):
+        assert_same(first, run_mix(executor(name, isa, threads), ids, seed, **size))
+
+
+@pytest.mark.parametrize("name", ["q4_1", "q8_0-f16", "q4_0-f32"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_long_contexts_decode_to_the_bits_of_prefill(isa: str, name: str) -> None:
+    """One request past 512 tokens: its keys are split over threads in single decodes, not in prefill."""
+    ids = prompts(9, (689,))
+    wanted = [(0, p) for p in (250, 255, 256, 259, 502, 511, 512, 513, 519, 595, 604, 686, 688)]
+    prefilled = run_alone(executor(name, isa, 2), ids, wanted, max_rows=MAX_ROWS)
+    for threads in (1, 2, 3, 4):
+        steps = [250, *[1] * 10, 240, *[1] * 20, 75, *[1] * 10, 80, 1, 1, 1, 1]
+        decoded = run_steps(executor(name, isa, threads), ids[0], steps)
+        assert set(wanted) <= decoded.keys()
+        assert_same(prefilled, decoded)
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path: Path):
+    """The embedded model's plan and weights."""
+    model = load_model(smollm2_path)
+    plan = compile(model.graph(max_tokens=320, max_rows=8, kv_dtype="bf16", block_size=16), cpu_target("bf16"))
+    yield plan, model.weights
+    model.file.close()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_embedded_model_keeps_its_bits(isa: str, smollm2) -> None:
+    plan, weights = smollm2
+    lengths = (263, 40, 17, 5) if isa != "generic" else (20, 9, 3)  # the portable path is slow
+    ids = prompts(3, lengths, 49152)
+    size = {"num_slots": 4, "num_blocks": [4 * 18], "max_blocks_per_slot": 18}
+    runs = []
+    for seed, threads in ((1, 1), (2, 2), (3, 3)):
+        native = CpuExecutor(plan, weights, **size, threads=threads, isa=isa)
+        runs.append(run_mix(native, ids, seed, slots=4, max_tokens=320, max_rows=8, chunks=(1, 3, 20, 70, 256)))
+        if seed > 1:
+            assert_same(runs[0], runs[-1])
+    assert_same(runs[-1], run_alone(native, ids, list(runs[-1])[-4:], max_rows=8))
