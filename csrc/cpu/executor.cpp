@@ -40,9 +40,10 @@ Executor::Executor(const ExecutorConfig& config)
   const size_t element = config.kv_dtype == Dtype::F32 ? 4 : 2;
   KvCache& cache = step_.cache;
   cache.dtype = config.kv_dtype;
-  cache.layer_bytes = (size_t)config.kv_heads * 2 * kBlock * config.head_dim * element;
-  cache.block_bytes = cache.layer_bytes * config.layers;
-  cache_ = Region(cache.block_bytes * config.num_blocks);
+  cache.run_bytes = (size_t)kCluster * kBlock * config.head_dim * element;
+  cache.layer_bytes = (size_t)config.kv_heads * 2 * cache.run_bytes;
+  cache.cluster_bytes = cache.layer_bytes * config.layers;
+  cache_ = Region(cache.cluster_bytes * (round_up((size_t)config.num_blocks, kCluster) / kCluster));
   cache.base = cache_.data();
   rope_capacity_ = (int)round_up((size_t)config.max_blocks_per_slot * kBlock, kRopeStep);
   rope_ = Region((size_t)rope_capacity_ * config.head_dim * sizeof(float));

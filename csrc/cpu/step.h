@@ -28,15 +28,18 @@ struct AttentionTask {
   int32_t num_splits;
 };
 
-// The paged cache: a block holds 16 tokens of every layer. Within a block, per layer and KV head:
-// keys [head_dim / P][16 tokens][P], then values [16 tokens / P][head_dim][P], P = 2 for bf16 (the pairs
-// its dot product takes), else 1.
+// The paged cache. 16 blocks of 16 tokens lie together as a cluster: per layer and KV head first the keys of its
+// 16 blocks, then their values, so that a sequence whose blocks were allocated in a row is read as two long streams.
+// A block's keys are [head_dim / P][16 tokens][P], its values [16 tokens / P][head_dim][P], P = 2 for bf16 (the
+// pairs its dot product takes), else 1.
 struct KvCache {
   uint8_t* base = nullptr;
-  size_t block_bytes = 0;
-  size_t layer_bytes = 0;
+  size_t cluster_bytes = 0;
+  size_t layer_bytes = 0;  // of a cluster
+  size_t run_bytes = 0;    // one head's keys (or values) in a cluster
   Dtype dtype = Dtype::BF16;
 };
+inline constexpr int kCluster = 16;  // blocks
 
 inline constexpr int kBlock = 16;    // tokens per KV block
 inline constexpr int kChunk = 256;   // keys per independent attention partial

@@ -7,46 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graph.small_llama import config, random_weights
 from invariance.mixes import assert_same, run_alone, run_mix, run_steps
+from invariance.small_models import ISAS, MAX_ROWS, MODELS, SLOTS, executor
 
-from ridgeline.backends.cpu import _native
 from ridgeline.backends.cpu.executor import CpuExecutor
 from ridgeline.graph.plan import compile
 from ridgeline.graph.target import cpu_target
-from ridgeline.models import llama
 from ridgeline.models.load import load_model
-
-ISAS = _native.available_isas()
-SLOTS, MAX_TOKENS, MAX_ROWS = 6, 700, 24
-
-# Weight format, exceptions by weight, cache dtype, config: between them every format and dtype, grouped and plain
-# queries, tied and untied heads, merged and unmerged projections.
-MODELS = {
-    "q4_1": ("q4_1", {}, "bf16", {"num_heads": 6}),
-    "q8_0-f16": ("q8_0", {"embed": "f16"}, "f16", {"tied": False, "intermediate_size": 160}),
-    "q4_0-f32": ("q4_0", {}, "f32", {"num_kv_heads": 4, "head_dim": 96}),
-    "bf16": ("bf16", {}, "bf16", {"num_heads": 8, "num_kv_heads": 1, "head_dim": 64, "intermediate_size": 80}),
-    "f32": ("f32", {}, "bf16", {"num_heads": 3, "num_kv_heads": 1, "head_dim": 48}),
-    "mixed": ("q8_0", {"v": "f16", "up": "bf16", "lm_head": "f32"}, "bf16", {"tied": False}),
-}
-
-
-def executor(name: str, isa: str, threads: int) -> CpuExecutor:
-    """A small random model on the native executor."""
-    fmt, override, kv_dtype, changes = MODELS[name]
-    cfg = config(**{"context_length": 1024, "head_dim": 32, **changes})
-    weights = random_weights(cfg, fmt, seed=len(name), override=override)
-    formats = {n: w.tensor.format for n, w in weights.items()}
-    graph = llama.build(
-        cfg, formats, max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, kv_dtype=kv_dtype, block_size=16
-    )
-    plan = compile(graph, cpu_target(kv_dtype))
-    size = {"num_slots": SLOTS, "num_blocks": [SLOTS * 44], "max_blocks_per_slot": 44}
-    return CpuExecutor(plan, weights, **size, threads=threads, isa=isa)
 
 
 def prompts(seed: int, lengths: tuple[int, ...], vocab: int = 80) -> list[np.ndarray]:
+    """Random tokens."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, vocab, n).astype(np.int32) for n in lengths]
 

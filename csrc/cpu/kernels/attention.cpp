@@ -165,21 +165,20 @@ inline void output_columns(const uint8_t* const* p, const uint8_t* const* values
 // read the chunk.
 template <Dtype kType, int R>
 __attribute__((noinline)) void chunk_partial(const uint8_t* const* q, const uint8_t* const* keys, const int* limits,
-                                             int dim, float scale, bool cold, Scratch& x) {
-  const size_t values_at = (size_t)kBlock * dim * Kv<kType>::kBytes;
+                                             int dim, float scale, size_t run_bytes, bool cold, Scratch& x) {
   const uint8_t *values[kChunk / kBlock], *p[R];
   int seen = *std::max_element(limits, limits + R), blocks = (seen + 15) / 16;
-  for (int b = 0; b < blocks; b++) values[b] = keys[b] + values_at;
-  // A block's keys and values are one short run of memory, too short for a hardware prefetcher to catch.
-  const size_t block_bytes = 2 * values_at;
-  auto fetch = [&](int first, int last) {
+  for (int b = 0; b < blocks; b++) values[b] = keys[b] + run_bytes;
+  // A hardware prefetcher does not know the block table.
+  const size_t block_bytes = run_bytes / kCluster;
+  auto fetch = [&](const uint8_t* const* from, int first, int last) {
     for (int block = first; block < std::min(last, blocks); block++)
-      for (size_t i = 0; i < block_bytes; i += 64) prefetch(keys[block] + i);
+      for (size_t i = 0; i < block_bytes; i += 64) prefetch(from[block] + i);
   };
-  if (cold) fetch(0, 4);
+  if (cold) fetch(keys, 0, 4);
   int b = 0;
   for (; b + 4 <= blocks; b += 4) {
-    if (cold) fetch(b + 4, b + 8);
+    if (cold) fetch(keys, b + 4, b + 8), fetch(values, b, b + 4);
     score_blocks<kType, R, 4>(q, keys + b, dim, splat(scale), x.scores[0] + 16 * b);
   }
   for (; b < blocks; b++) score_blocks<kType, R, 1>(q, keys + b, dim, splat(scale), x.scores[0] + 16 * b);
@@ -205,7 +204,7 @@ void merge(float& m, float& l, float* o, float pm, float pl, const float* po, in
   for (int d = 0; d < dim; d += 16) store_f(o + d, fma(load_f(po + d), f1, mul(load_f(o + d), f0)));
 }
 
-using Partial = void (*)(const uint8_t* const*, const uint8_t* const*, const int*, int, float, bool, Scratch&);
+using Partial = void (*)(const uint8_t* const*, const uint8_t* const*, const int*, int, float, size_t, bool, Scratch&);
 template <Dtype kType>
 constexpr Partial kPartials[kRows + 1] = {nullptr,
                                           chunk_partial<kType, 1>,
@@ -246,7 +245,7 @@ struct Task {
     int seen = std::min(kChunk, s.positions[t.token_end - 1] + 1 - chunk * kChunk);
     const uint8_t* keys[kChunk / kBlock];
     for (int b = 0; b < (seen + 15) / 16; b++)
-      keys[b] = kv_head_at(s.cache, table[chunk * (kChunk / kBlock) + b], a.rope.layer, kv_head, dim);
+      keys[b] = keys_at(s.cache, table[chunk * (kChunk / kBlock) + b], a.rope.layer, kv_head);
     const Partial* partials = s.cache.dtype == Dtype::BF16  ? kPartials<Dtype::BF16>
                               : s.cache.dtype == Dtype::F16 ? kPartials<Dtype::F16>
                                                             : kPartials<Dtype::F32>;
@@ -263,7 +262,7 @@ struct Task {
         q[count++] = (s.one_each ? x.queries : s.at(a.rope.q, token(r))) + at_head;
       }
       if (count == 0) continue;
-      partials[count](q, keys, limits, dim, a.scale, row == 0, x);
+      partials[count](q, keys, limits, dim, a.scale, s.cache.run_bytes, row == 0, x);
       for (int i = 0; i < count; i++) absorb(at[i], chunk, x.m[i], x.l[i], x.partial[i]);
     }
   }

@@ -12,14 +12,12 @@ namespace ridgeline::RL_ISA {
 template <Dtype kType>
 struct Kv {
   static constexpr int kPair = kType == Dtype::BF16 ? 2 : 1;   // dims (keys) or tokens (values) side by side
-  static constexpr int kBytes = kType == Dtype::F32 ? 4 : 2;
 };
 
-// The start of one KV head's keys in a block; its values follow kBlock * head_dim elements later.
-inline uint8_t* kv_head_at(const KvCache& c, int block, int layer, int head, int head_dim) {
-  size_t element = c.dtype == Dtype::F32 ? 4 : 2;
-  return c.base + (size_t)block * c.block_bytes + (size_t)layer * c.layer_bytes +
-         (size_t)head * 2 * kBlock * head_dim * element;
+// The keys of one KV head in a block; its values follow run_bytes later.
+inline uint8_t* keys_at(const KvCache& c, int block, int layer, int head) {
+  return c.base + (size_t)(block / kCluster) * c.cluster_bytes + (size_t)layer * c.layer_bytes +
+         (size_t)head * 2 * c.run_bytes + (size_t)(block % kCluster) * (c.run_bytes / kCluster);
 }
 
 inline void rotate(float* out, const float* in, const float* cos, const float* sin, int half) {
@@ -43,9 +41,8 @@ inline void convert(void* out, const float* in, int n) {
 
 // Writes one token's key and value of one head: keys and values both go across the lanes' direction.
 template <Dtype kType>
-inline void write_head(uint8_t* keys, int token, int head_dim, const float* k, const float* v) {
+inline void write_head(uint8_t* keys, uint8_t* values, int token, int head_dim, const float* k, const float* v) {
   alignas(64) uint8_t packed[1024];
-  uint8_t* values = keys + (size_t)kBlock * head_dim * Kv<kType>::kBytes;
   convert<kType>(packed, k, head_dim);
   if constexpr (kType == Dtype::F32) {
     for (int d = 0; d < head_dim; d++) ((float*)keys)[d * kBlock + token] = ((float*)packed)[d];
@@ -84,7 +81,8 @@ inline void rope_key_value(const RopeKvArgs& a, const Step& s, int t, int h) {
   alignas(64) float rotated[256];
   rotate(rotated, keys, s.rope_cos + at, s.rope_sin + at, half);
   int block = s.block_tables[s.request_of[t]][position / kBlock];
-  write_head<kType>(kv_head_at(s.cache, block, a.layer, h, dim), position % kBlock, dim, rotated,
+  uint8_t* at_block = keys_at(s.cache, block, a.layer, h);
+  write_head<kType>(at_block, at_block + s.cache.run_bytes, position % kBlock, dim, rotated,
                     keys + (size_t)a.kv_heads * dim);
 }
 
