@@ -40,13 +40,7 @@ class Team {
   // All threads make the same calls, counted from 0 in `call`, with a barrier between two.
   template <class F>
   void share(int call, int count, int chunk, F&& body) {
-    if (size_ == 1) {
-      if (count > 0) body(0, count);
-      return;
-    }
-    std::atomic<int>& next = cursors_[call % 3].value;
-    // Nobody reads the next call's cursor yet, and everyone will have passed a barrier before.
-    cursors_[(call + 1) % 3].value.store(0, std::memory_order_relaxed);
+    std::atomic<int>& next = open(call);
     for (;;) {
       int begin = next.fetch_add(chunk, std::memory_order_relaxed);
       if (begin >= count) break;
@@ -54,7 +48,23 @@ class Team {
     }
   }
 
+  // The same one at a time, with the index this thread will have next, or -1, so that it can fetch ahead.
+  template <class F>
+  void share_ahead(int call, int count, F&& body) {
+    std::atomic<int>& next = open(call);
+    for (int i = next.fetch_add(1, std::memory_order_relaxed), after; i < count; i = after) {
+      after = next.fetch_add(1, std::memory_order_relaxed);
+      body(i, after < count ? after : -1);
+    }
+  }
+
  private:
+  // The cursor of a call. Nobody reads the next call's yet, and everyone will have passed a barrier before.
+  std::atomic<int>& open(int call) {
+    cursors_[(call + 1) % 3].value.store(0, std::memory_order_relaxed);
+    return cursors_[call % 3].value;
+  }
+
   struct alignas(64) Cursor {
     std::atomic<int> value{0};
   };

@@ -141,12 +141,13 @@ def test_embedding_is_exact(case: RowCase) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, fmt: str) -> None:
     """One row alone, and the same row anywhere among others, whatever register block it falls into."""
-    case = RowCase("linear", 65, (64,), (fmt, 50))
-    lone = Lone(case)
-    native = NativeGraph(lone.graph_of(lone.outputs[0]), lone.graph.values, isa=isa, threads=2)
-    whole = native.run(single_request(65))
-    for rows in range(1, 65):
-        np.testing.assert_array_equal(native.run(single_request(rows)), whole[:rows])
+    lone = Lone(RowCase("linear", 150, (64,), (fmt, 170)))
+    graph = lone.graph_of(lone.outputs[0])
+    whole = NativeGraph(graph, lone.graph.values, isa=isa, threads=1).run(single_request(150))
+    for threads in (1, 2, 3, 4, 6):
+        native = NativeGraph(graph, lone.graph.values, isa=isa, threads=threads)
+        for rows in (*range(1, 20), 31, 32, 33, 64, 65, 97, 130, 150):
+            np.testing.assert_array_equal(native.run(single_request(rows)), whole[:rows])
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -36,17 +36,29 @@ inline I32 splat_pair(const void* p) {
   return splat_i(w);
 }
 
-// scores[r][16 c ..] = q_r . k for C blocks of 16 keys; q rows are bf16 or fp32 as the cache is.
+// Four cache lines of what is needed next. A core overlaps few cache misses of its own while it computes, so the
+// next chunk (or task) is fetched line by line during this one, in the order a hardware prefetcher can follow.
+inline void fetch_lines(const uint8_t* p) {
+  for (int i = 0; i < 256; i += 64) prefetch(p + i);
+}
+
+// scores[r][16 c ..] = q_r . k for C blocks of 16 keys; q rows are bf16 or fp32 as the cache is. `next`: the C blocks
+// to fetch meanwhile, or null.
 template <Dtype kType, int R, int C>
 inline __attribute__((always_inline)) void score_blocks(const uint8_t* const* q, const uint8_t* const* keys, int dim,
-                                                        F32 scale, float* scores) {
+                                                        F32 scale, float* scores, const uint8_t* const* next) {
   F32 acc[R][C];
 RL_UNROLL
   for (int r = 0; r < R; r++)
 RL_UNROLL
     for (int c = 0; c < C; c++) acc[r][c] = zero_f();
+  constexpr int kLine = kType == Dtype::F16 ? 32 : 64;
   const int steps = dim / Kv<kType>::kPair;
   for (int d = 0; d < steps; d++) {
+    if (next) {  // C lines of each block's `steps`, block after block
+      const int line = C * d;
+      fetch_lines(next[line / steps] + (size_t)kLine * (line % steps));
+    }
     if constexpr (kType == Dtype::BF16) {
       I32 k[C];
 RL_UNROLL
@@ -98,15 +110,17 @@ inline void softmax_row(const float* scores, int limit, uint8_t* probabilities, 
   l = reduce_add(sum);
 }
 
-// acc[r][c] += p_r[t] * v[t][16 c ..] for tokens (pairs of tokens) [from, to) of the chunk.
+// acc[r][c] += p_r[t] * v[t][16 c ..] for tokens (pairs of tokens) [from, to) of the chunk. `next`: as above.
 template <Dtype kType, int R, int C>
 inline __attribute__((always_inline)) void weigh_values(F32 (&acc)[R][C], const uint8_t* const* p,
                                                         const uint8_t* const* values, int dim, int at, int from,
-                                                        int to) {
+                                                        int to, const uint8_t* const* next = nullptr) {
   constexpr int kPerBlock = kBlock / Kv<kType>::kPair;
   constexpr int kElement = kType == Dtype::F16 ? 2 : 4;  // bytes of one lane in memory
   for (int t = from; t < to; t++) {
-    const uint8_t* row = values[t / kPerBlock] + (size_t)kElement * ((t % kPerBlock) * dim + at);
+    const size_t offset = (size_t)kElement * ((t % kPerBlock) * dim + at);
+    const uint8_t* row = values[t / kPerBlock] + offset;
+    if (next) fetch_lines(next[t / kPerBlock] + offset);
     if constexpr (kType == Dtype::BF16) {
       I32 v[C];
 RL_UNROLL
@@ -143,7 +157,7 @@ inline void weigh_half_pair(F32 (&acc)[1][C], const uint8_t* p, const uint8_t* c
 // rest row by row: a masked value is never multiplied, not even by zero.
 template <Dtype kType, int R, int C>
 inline void output_columns(const uint8_t* const* p, const uint8_t* const* values, const int* limits, int dim, int at,
-                           float* o) {
+                           float* o, const uint8_t* const* next) {
   constexpr int kPair = Kv<kType>::kPair;
   F32 acc[R][C];
   int common = limits[0];
@@ -151,7 +165,7 @@ inline void output_columns(const uint8_t* const* p, const uint8_t* const* values
     common = std::min(common, limits[r]);
     for (int c = 0; c < C; c++) acc[r][c] = zero_f();
   }
-  weigh_values<kType, R, C>(acc, p, values, dim, at, 0, common / kPair);
+  weigh_values<kType, R, C>(acc, p, values, dim, at, 0, common / kPair, next);
   for (int r = 0; r < R; r++) {
     F32 row[1][C];
     for (int c = 0; c < C; c++) row[0][c] = acc[r][c];
@@ -161,34 +175,32 @@ inline void output_columns(const uint8_t* const* p, const uint8_t* const* values
   }
 }
 
-// The partial of R rows over one chunk, into scratch.m, scratch.l and scratch.partial. `cold`: the first rows to
-// read the chunk.
+// The partial of R rows over one chunk, into scratch.m, scratch.l and scratch.partial. `next`: the keys of 16 blocks
+// to fetch meanwhile, their values run_bytes further on, or null.
 template <Dtype kType, int R>
 __attribute__((noinline)) void chunk_partial(const uint8_t* const* q, const uint8_t* const* keys, const int* limits,
-                                             int dim, float scale, size_t run_bytes, bool cold, Scratch& x) {
+                                             int dim, float scale, size_t run_bytes, const uint8_t* const* next, Scratch& x) {
   const uint8_t *values[kChunk / kBlock], *p[R];
   int seen = *std::max_element(limits, limits + R), blocks = (seen + 15) / 16;
   for (int b = 0; b < blocks; b++) values[b] = keys[b] + run_bytes;
-  // A hardware prefetcher does not know the block table.
-  const size_t block_bytes = run_bytes / kCluster;
-  auto fetch = [&](const uint8_t* const* from, int first, int last) {
-    for (int block = first; block < std::min(last, blocks); block++)
-      for (size_t i = 0; i < block_bytes; i += 64) prefetch(from[block] + i);
-  };
-  if (cold) fetch(keys, 0, 4);
+  const uint8_t *next_block[kChunk / kBlock], *const* next_values = nullptr;
+  if (next) {
+    for (int b = 0; b < kChunk / kBlock; b++) next_block[b] = next[b] + run_bytes;
+    next_values = next_block;
+  }
   int b = 0;
   for (; b + 4 <= blocks; b += 4) {
-    if (cold) fetch(keys, b + 4, b + 8), fetch(values, b, b + 4);
-    score_blocks<kType, R, 4>(q, keys + b, dim, splat(scale), x.scores[0] + 16 * b);
+    score_blocks<kType, R, 4>(q, keys + b, dim, splat(scale), x.scores[0] + 16 * b,
+                               next ? next + b : nullptr);
   }
-  for (; b < blocks; b++) score_blocks<kType, R, 1>(q, keys + b, dim, splat(scale), x.scores[0] + 16 * b);
+  for (; b < blocks; b++) score_blocks<kType, R, 1>(q, keys + b, dim, splat(scale), x.scores[0] + 16 * b, next ? next + b : nullptr);
   for (int r = 0; r < R; r++) {
     p[r] = x.probabilities[r];
     softmax_row<kType>(x.scores[r], limits[r], x.probabilities[r], x.m[r], x.l[r]);
   }
   int at = 0;
-  for (; at + 64 <= dim; at += 64) output_columns<kType, R, 4>(p, values, limits, dim, at, x.partial[0]);
-  for (; at < dim; at += 16) output_columns<kType, R, 1>(p, values, limits, dim, at, x.partial[0]);
+  for (; at + 64 <= dim; at += 64) output_columns<kType, R, 4>(p, values, limits, dim, at, x.partial[0], next_values);
+  for (; at < dim; at += 16) output_columns<kType, R, 1>(p, values, limits, dim, at, x.partial[0], nullptr);
 }
 
 // (m, l, o) absorbs the partial of the next chunk.
@@ -204,7 +216,8 @@ void merge(float& m, float& l, float* o, float pm, float pl, const float* po, in
   for (int d = 0; d < dim; d += 16) store_f(o + d, fma(load_f(po + d), f1, mul(load_f(o + d), f0)));
 }
 
-using Partial = void (*)(const uint8_t* const*, const uint8_t* const*, const int*, int, float, size_t, bool, Scratch&);
+using Partial = void (*)(const uint8_t* const*, const uint8_t* const*, const int*, int, float, size_t,
+                         const uint8_t* const*, Scratch&);
 template <Dtype kType>
 constexpr Partial kPartials[kRows + 1] = {nullptr,
                                           chunk_partial<kType, 1>,
@@ -239,13 +252,27 @@ struct Task {
     }
   }
 
-  void run_chunk(int chunk) const {
+  // The blocks of a chunk; the last one stands in for those past the end.
+  void find_keys(int chunk, const uint8_t* (&keys)[kChunk / kBlock]) const {
+    const int32_t* table = s.block_tables[t.request] + chunk * (kChunk / kBlock);
+    int seen = std::min(kChunk, s.positions[t.token_end - 1] + 1 - chunk * kChunk), blocks = (seen + 15) / 16;
+    for (int b = 0; b < kChunk / kBlock; b++)
+      keys[b] = keys_at(s.cache, table[std::min(b, blocks - 1)], a.rope.layer, kv_head);
+  }
+
+  void run_chunk(int chunk, const Task* after) const {
     int dim = a.rope.head_dim;
-    const int32_t* table = s.block_tables[t.request];
-    int seen = std::min(kChunk, s.positions[t.token_end - 1] + 1 - chunk * kChunk);
-    const uint8_t* keys[kChunk / kBlock];
-    for (int b = 0; b < (seen + 15) / 16; b++)
-      keys[b] = keys_at(s.cache, table[chunk * (kChunk / kBlock) + b], a.rope.layer, kv_head);
+    const uint8_t *keys[kChunk / kBlock], *coming[kChunk / kBlock], *const* next = nullptr;
+    find_keys(chunk, keys);
+    if (rows() <= kRows) {  // many rows compute for longer than a chunk takes to arrive
+      if (chunk + 1 < t.chunk_end) {
+        find_keys(chunk + 1, coming);
+        next = coming;
+      } else if (after) {
+        after->find_keys(after->t.chunk_begin, coming);
+        next = coming;
+      }
+    }
     const Partial* partials = s.cache.dtype == Dtype::BF16  ? kPartials<Dtype::BF16>
                               : s.cache.dtype == Dtype::F16 ? kPartials<Dtype::F16>
                                                             : kPartials<Dtype::F32>;
@@ -262,7 +289,7 @@ struct Task {
         q[count++] = (s.one_each ? x.queries : s.at(a.rope.q, token(r))) + at_head;
       }
       if (count == 0) continue;
-      partials[count](q, keys, limits, dim, a.scale, s.cache.run_bytes, row == 0, x);
+      partials[count](q, keys, limits, dim, a.scale, s.cache.run_bytes, next, x);
       for (int i = 0; i < count; i++) absorb(at[i], chunk, x.m[i], x.l[i], x.partial[i]);
     }
   }
@@ -318,13 +345,14 @@ struct Task {
     if (last) rope_key_value<kType>(a.rope, s, t.token_begin, kv_head);
   }
 
-  void run() const {
+  // `after`: the task this thread does next, or null.
+  void run(const Task* after) const {
     if (s.one_each) {
       if (s.cache.dtype == Dtype::BF16) rotate_own<Dtype::BF16>();
       if (s.cache.dtype == Dtype::F16) rotate_own<Dtype::F16>();
       if (s.cache.dtype == Dtype::F32) rotate_own<Dtype::F32>();
     }
-    for (int chunk = t.chunk_begin; chunk < t.chunk_end; chunk++) run_chunk(chunk);
+    for (int chunk = t.chunk_begin; chunk < t.chunk_end; chunk++) run_chunk(chunk, after);
     if (t.split >= 0) return finish_split();
     for (int r = 0; r < rows(); r++) store(r, x.tile_l[r], x.tile_o + (size_t)r * a.rope.head_dim);
   }
@@ -334,10 +362,14 @@ struct Task {
 
 void attention(const AttentionArgs& a, const Step& s, Worker& w) {
   Scratch& x = *(Scratch*)w.scratch;
-  int count = (int)s.attention.size();
-  w.team.share(w.shares++, count * a.rope.kv_heads, 1, [&](int begin, int end) {
-    for (int i = begin; i < end; i++)
-      Task{a, s, s.attention[(size_t)(i / a.rope.kv_heads)], x, i % a.rope.kv_heads, a.rope.heads / a.rope.kv_heads}.run();
+  const int kv_heads = a.rope.kv_heads, count = (int)s.attention.size() * kv_heads;
+  auto task = [&](int i) {
+    return Task{a, s, s.attention[(size_t)(i / kv_heads)], x, i % kv_heads, a.rope.heads / kv_heads};
+  };
+  w.team.share_ahead(w.shares++, count, [&](int i, int next) {
+    if (next < 0) return task(i).run(nullptr);
+    Task after = task(next);
+    task(i).run(&after);
   });
 }
 
