@@ -99,9 +99,12 @@ void Executor::check(const BatchView& b) const {
   for (int r = 0; r < b.requests; r++)
     if (b.query_starts[r] >= b.query_starts[r + 1]) refuse("query_starts must ascend: every request needs a token");
   const int limit = config_.max_blocks_per_slot * kBlock;
+  std::vector<bool> seen((size_t)config_.num_slots);
   for (int r = 0; r < b.requests; r++) {
     int begin = b.query_starts[r], end = b.query_starts[r + 1];
     if (b.slots[r] < 0 || b.slots[r] >= config_.num_slots) refuse("slot out of range");
+    if (seen[(size_t)b.slots[r]]) refuse("a slot may have one request in a step");
+    seen[(size_t)b.slots[r]] = true;
     for (int t = begin; t < end; t++) {
       if (b.positions[t] != b.positions[begin] + t - begin) refuse("positions of a request must be consecutive");
       int id = b.token_ids[t] >= 0 ? b.token_ids[t] : last_token_[(size_t)b.slots[r]];

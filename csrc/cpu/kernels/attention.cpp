@@ -54,10 +54,12 @@ RL_UNROLL
     for (int c = 0; c < C; c++) acc[r][c] = zero_f();
   constexpr int kLine = kType == Dtype::F16 ? 32 : 64;
   const int steps = dim / Kv<kType>::kPair;
+  int fetched_line = 0, fetched_block = 0;
   for (int d = 0; d < steps; d++) {
-    if (next) {  // C lines of each block's `steps`, block after block
-      const int line = C * d;
-      fetch_lines(next[line / steps] + (size_t)kLine * (line % steps));
+    if (next) {  // block after block, C of a block's lines a step
+      fetch_lines(next[fetched_block] + (size_t)kLine * fetched_line);
+      fetched_line += C;
+      if (fetched_line >= steps) fetched_line -= steps, fetched_block++;
     }
     if constexpr (kType == Dtype::BF16) {
       I32 k[C];
@@ -87,25 +89,31 @@ RL_UNROLL
     for (int c = 0; c < C; c++) store_f(scores + r * kChunk + 16 * c, mul(acc[r][c], scale));
 }
 
-// Softmax of a row over its first `limit` keys of the chunk: probabilities relative to the row's
-// maximum, in the type PV multiplies, and their sum as rounded. Keys past the limit get exactly 0.
+// Softmax of a row over its first `limit` keys of the chunk, scores being in units of ln 2: probabilities relative
+// to the row's maximum, in the type PV multiplies, and their sum as rounded. Keys past the limit get exactly 0.
 template <Dtype kType>
 inline void softmax_row(const float* scores, int limit, uint8_t* probabilities, float& m, float& l) {
-  int blocks = (limit + 15) / 16;
-  F32 top = splat(kLowest);
-  for (int b = 0; b < blocks; b++)
-    top = max(top, keep_first(load_f(scores + 16 * b), limit - 16 * b, splat(kLowest)));
+  constexpr bool kBf16 = kType == Dtype::BF16;
+  const int full = limit / 16, rest = limit % 16;
+  F32 top = rest ? keep_first(load_f(scores + 16 * full), rest, splat(kLowest)) : splat(kLowest);
+  for (int b = 0; b < full; b++) top = max(top, load_f(scores + 16 * b));
   m = reduce_max(top);
   F32 base = splat(m), sum = zero_f();
-  for (int b = 0; b < blocks; b++) {
-    F32 p = keep_first(exp(sub(load_f(scores + 16 * b), base)), limit - 16 * b, zero_f());
-    if constexpr (kType == Dtype::BF16) {
+  auto put = [&](int b, F32 p) {
+    if constexpr (kBf16) {
       store_bf16(probabilities + 32 * b, p);
-      p = load_bf16(probabilities + 32 * b);
     } else {
       store_f(probabilities + 64 * b, p);
+      sum = add(sum, p);
     }
-    sum = add(sum, p);
+  };
+  for (int b = 0; b < full; b++) put(b, exp2<kBf16>(sub(load_f(scores + 16 * b), base)));
+  if (rest) put(full, keep_first(exp2<kBf16>(sub(load_f(scores + 16 * full), base)), rest, zero_f()));
+  if constexpr (kBf16) {
+    const int blocks = full + (rest > 0);
+    if (blocks % 2) store_bf16(probabilities + 32 * blocks, zero_f());
+    const I32 ones = splat_i(0x3f803f80);
+    for (int i = 0; i < blocks; i += 2) sum = dot_bf16(sum, load_i(probabilities + 32 * i), ones);
   }
   l = reduce_add(sum);
 }
@@ -193,7 +201,11 @@ __attribute__((noinline)) void chunk_partial(const uint8_t* const* q, const uint
     score_blocks<kType, R, 4>(q, keys + b, dim, splat(scale), x.scores[0] + 16 * b,
                                next ? next + b : nullptr);
   }
-  for (; b < blocks; b++) score_blocks<kType, R, 1>(q, keys + b, dim, splat(scale), x.scores[0] + 16 * b, next ? next + b : nullptr);
+  const uint8_t* const* more = next ? next + b : nullptr;
+  float* scores = x.scores[0] + 16 * b;
+  if (blocks - b == 1) score_blocks<kType, R, 1>(q, keys + b, dim, splat(scale), scores, more);
+  if (blocks - b == 2) score_blocks<kType, R, 2>(q, keys + b, dim, splat(scale), scores, more);
+  if (blocks - b == 3) score_blocks<kType, R, 3>(q, keys + b, dim, splat(scale), scores, more);
   for (int r = 0; r < R; r++) {
     p[r] = x.probabilities[r];
     softmax_row<kType>(x.scores[r], limits[r], x.probabilities[r], x.m[r], x.l[r]);
@@ -203,11 +215,11 @@ __attribute__((noinline)) void chunk_partial(const uint8_t* const* q, const uint
   for (; at < dim; at += 16) output_columns<kType, R, 1>(p, values, limits, dim, at, x.partial[0], nullptr);
 }
 
-// (m, l, o) absorbs the partial of the next chunk.
+// (m, l, o) absorbs the partial of the next chunk; m is in units of ln 2.
 void merge(float& m, float& l, float* o, float pm, float pl, const float* po, int dim) {
   float top = std::max(m, pm), factors[2];
   float lanes[16] = {m - top, pm - top};
-  store_f(lanes, exp(load_f(lanes)));
+  store_f(lanes, exp2<false>(load_f(lanes)));
   factors[0] = lanes[0];
   factors[1] = lanes[1];
   m = top;
@@ -289,7 +301,7 @@ struct Task {
         q[count++] = (s.one_each ? x.queries : s.at(a.rope.q, token(r))) + at_head;
       }
       if (count == 0) continue;
-      partials[count](q, keys, limits, dim, a.scale, s.cache.run_bytes, next, x);
+      partials[count](q, keys, limits, dim, a.scale * 1.44269504f, s.cache.run_bytes, next, x);
       for (int i = 0; i < count; i++) absorb(at[i], chunk, x.m[i], x.l[i], x.partial[i]);
     }
   }
