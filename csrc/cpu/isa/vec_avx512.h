@@ -26,6 +26,7 @@ inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
 inline F32 to_f(I32 a) { return _mm512_cvtepi32_ps(a); }
 // Round to nearest even, the mode every executor leaves MXCSR in.
@@ -58,7 +59,29 @@ inline float reduce_add(F32 x) {
   b = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_shuffle_ps(b, b, 1)));
 }
-inline int32_t reduce_add_i(I32 x) { return _mm512_reduce_add_epi32(x); }
+
+// Eight reductions at once: the result of v[i] is in lane kLaneOf[i]. Halves are folded and rows brought together
+// in the same shuffles, so eight cost about as much as three one by one.
+inline constexpr int kLaneOf[8] = {0, 4, 8, 12, 1, 5, 9, 13};
+template <class V, class Fold, class As>
+inline __m512 reduce8(const V (&v)[8], Fold fold, As as) {
+  __m512 t[4], u[2];
+  for (int i = 0; i < 4; i++) {
+    __m512 a = as(v[2 * i]), b = as(v[2 * i + 1]);
+    t[i] = fold(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  for (int i = 0; i < 2; i++)
+    u[i] = fold(_mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0x88), _mm512_shuffle_f32x4(t[2 * i], t[2 * i + 1], 0xdd));
+  __m512 w = fold(_mm512_unpacklo_ps(u[0], u[1]), _mm512_unpackhi_ps(u[0], u[1]));
+  return fold(w, _mm512_permute_ps(w, 0x4e));
+}
+inline F32 reduce_max8(const F32 (&v)[8]) {
+  return reduce8(v, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); }, [](F32 x) { return x; });
+}
+inline I32 reduce_add8(const I32 (&v)[8]) {
+  auto add = [](__m512 a, __m512 b) { return from_bits(add_i(bits(a), bits(b))); };
+  return bits(reduce8(v, add, [](I32 x) { return from_bits(x); }));
+}
 
 // Lanes below n keep x, the others become other.
 inline F32 keep_first(F32 x, int n, F32 other) {

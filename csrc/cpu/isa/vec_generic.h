@@ -29,6 +29,7 @@ inline F32 mul(F32 a, F32 b) { return a * b; }
 inline F32 div(F32 a, F32 b) { return a / b; }
 inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
 inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
+inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
 inline I32 bits(F32 a) { I32 x; std::memcpy(&x, &a, 64); return x; }
 inline F32 from_bits(I32 a) { F32 x; std::memcpy(&x, &a, 64); return x; }
 inline F32 abs(F32 a) { return from_bits(bits(a) & 0x7fffffff); }
@@ -134,10 +135,17 @@ inline float reduce_add(F32 x) {
     for (int i = 0; i < half; i++) x[i] += x[i + half];
   return x[0];
 }
-inline int32_t reduce_add_i(I32 x) {
-  int32_t s = 0;
-  for (int i = 0; i < 16; i++) s += x[i];
-  return s;
+inline constexpr int kLaneOf[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+inline F32 reduce_max8(const F32 (&v)[8]) {
+  F32 x = {};
+  for (int i = 0; i < 8; i++) x[i] = reduce_max(v[i]);
+  return x;
+}
+inline I32 reduce_add8(const I32 (&v)[8]) {
+  I32 x = {};
+  for (int i = 0; i < 8; i++)
+    for (int lane = 0; lane < 16; lane++) x[i] += v[i][lane];
+  return x;
 }
 inline F32 keep_first(F32 x, int n, F32 other) {
   for (int i = n < 0 ? 0 : n; i < 16; i++) x[i] = other[i];

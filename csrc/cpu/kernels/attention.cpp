@@ -251,17 +251,11 @@ struct Task {
   int head(int row) const { return kv_head * group + row % group; }
 
   void store(int row, float l, const float* o) const {
-    int dim = a.rope.head_dim, width = a.rope.heads * dim;
-    uint8_t* out = s.at(a.out, token(row));
-    F32 inverse = splat(1.0f / l);
-    int first = head(row) * dim / 16;
-    if (dim % 32 == 0) {
-      for (int i = 0; i < dim / 16; i += 2)
-        store_pair(a.out_dtype, out, width, first + i, mul(load_f(o + 16 * i), inverse),
-                   mul(load_f(o + 16 * i + 16), inverse));
-    } else {  // lowered with an fp32 output
-      for (int i = 0; i < dim / 16; i++) store_f(out + 64 * (first + i), mul(load_f(o + 16 * i), inverse));
-    }
+    const int dim = a.rope.head_dim, width = a.rope.heads * dim, first = head(row) * dim;
+    alignas(64) float result[kMaxDim];
+    const F32 inverse = splat(1.0f / l);
+    for (int i = 0; i < dim; i += 16) store_f(result + i, mul(load_f(o + i), inverse));
+    store_columns(a.out_dtype, s.at(a.out, token(row)), width, result, first, dim);
   }
 
   // The blocks of a chunk; the last one stands in for those past the end.

@@ -63,10 +63,18 @@ __attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const u
   for (int r = 0; r < R; r++) low[r] = mul(silu(acc[r][0]), acc[r][1]);
   bool pair = (unit + 1) * 2 * kPanel <= a.w.n;
   if (pair) gemm<kFormat, R>(acc, a.w, panel + a.w.panel_bytes, x, a.x.stride, cold);
+  F32 high[R];
+  for (int r = 0; r < R; r++) high[r] = mul(silu(acc[r][0]), acc[r][1]);
+  if (a.out_dtype == Dtype::Q8) {
+    Q8Place at[R];
+    for (int r = 0; r < R; r++) at[r] = q8_place(s.at(a.out, row + r), a.w.n / 2, unit);
+    store_q8<R>(low, high, at);
+    return;
+  }
   for (int r = 0; r < R; r++) {
     uint8_t* out = s.at(a.out, row + r);
     if (pair) {
-      store_pair(a.out_dtype, out, a.w.n / 2, 2 * unit, low[r], mul(silu(acc[r][0]), acc[r][1]));
+      store_pair(a.out_dtype, out, 2 * unit, low[r], high[r]);
     } else if (a.out_dtype == Dtype::BF16) {
       store_bf16(out + 64 * (size_t)unit, low[r]);
     } else {

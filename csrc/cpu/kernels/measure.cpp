@@ -28,7 +28,10 @@ double read_bytes(const uint8_t* data, size_t bytes, int variant) {
         d = add_i(d, load_i(p + 192));
       }
   }
-  return (double)reduce_add_i(add_i(add_i(a, b), add_i(c, d)));
+  I32 all[8] = {add_i(add_i(a, b), add_i(c, d))};
+  float lanes[16];
+  store_i(lanes, reduce_add8(all));
+  return (double)lanes[kLaneOf[0]];
 }
 
 I32 start_i(int chain) { return splat_i(chain); }

@@ -1,7 +1,6 @@
 // Storing a vector pair of fp32 results in the activation type the next operator multiplies.
 #pragma once
 
-#include <algorithm>
 #include <limits>
 
 #include "isa/isa.h"
@@ -10,26 +9,57 @@
 
 namespace ridgeline::RL_ISA {
 
-// Quantizes 32 values (a then b) into group g of a q8 row: scale = max|x| / 127, codes rounded to even.
-inline void store_q8_group(uint8_t* row, int k, int g, F32 a, F32 b) {
-  float amax = reduce_max(max(abs(a), abs(b)));
-  float scale = amax / 127.0f;
-  // A maximum too small to invert would give infinity, and infinity times 0 is no code.
-  F32 inverse = splat(amax > 0 ? std::min(127.0f / amax, std::numeric_limits<float>::max()) : 0.0f);
-  I32 qa = to_i(mul(a, inverse)), qb = to_i(mul(b, inverse));
-  store_i8(row + kGroup * g, qa);
-  store_i8(row + kGroup * g + 16, qb);
-  int32_t sum = reduce_add_i(add_i(qa, qb));
-  ((float*)(row + q8_scales_at(k)))[g] = scale;
-  ((float*)(row + q8_scaled_sums_at(k)))[g] = scale * (float)sum;
-  ((int32_t*)(row + q8_sums_at(k)))[g] = sum;
+// Where one group of a q8 row goes.
+struct Q8Place {
+  uint8_t* codes;
+  float *scale, *scaled_sum;
+  int32_t* sum;
+};
+inline Q8Place q8_place(uint8_t* row, int k, int g) {
+  return {row + kGroup * g, (float*)(row + q8_scales_at(k)) + g, (float*)(row + q8_scaled_sums_at(k)) + g,
+          (int32_t*)(row + q8_sums_at(k)) + g};
 }
 
-// Stores columns [16 * i, 16 * i + 32) of a row of k values as `dtype`; i counts vectors and is even.
-inline void store_pair(Dtype dtype, uint8_t* row, int k, int i, F32 a, F32 b) {
-  if (dtype == Dtype::Q8) {
-    store_q8_group(row, k, i / 2, a, b);
-  } else if (dtype == Dtype::BF16) {
+// Quantizes N groups of 32 values (a then b): scale = max|x| / 127, codes rounded to even.
+template <int N>
+inline __attribute__((always_inline)) void store_q8(const F32* a, const F32* b, const Q8Place* at) {
+  static_assert(N <= 8);
+  F32 top[8];
+  I32 total[8];
+RL_UNROLL
+  for (int i = 0; i < 8; i++) top[i] = i < N ? max(abs(a[i]), abs(b[i])) : zero_f();
+  const F32 largest = reduce_max8(top);
+  // A maximum of 0, or too small to invert, would give infinity, and infinity times 0 is no code.
+  const F32 inverse = min(div(splat(127.0f), largest), splat(std::numeric_limits<float>::max()));
+  alignas(64) float scales[16], inverses[16], scaled_sums[16];
+  alignas(64) int32_t sums[16];
+  const F32 scale = div(largest, splat(127.0f));
+  store_f(scales, scale);
+  store_f(inverses, inverse);
+RL_UNROLL
+  for (int i = 0; i < N; i++) {
+    const F32 factor = splat(inverses[kLaneOf[i]]);
+    const I32 low = to_i(mul(a[i], factor)), high = to_i(mul(b[i], factor));
+    store_i8(at[i].codes, low);
+    store_i8(at[i].codes + 16, high);
+    total[i] = add_i(low, high);
+  }
+RL_UNROLL
+  for (int i = N; i < 8; i++) total[i] = zero_i();
+  const I32 sum = reduce_add8(total);
+  store_i(sums, sum);
+  store_f(scaled_sums, mul(scale, to_f(sum)));
+RL_UNROLL
+  for (int i = 0; i < N; i++) {
+    *at[i].scale = scales[kLaneOf[i]];
+    *at[i].scaled_sum = scaled_sums[kLaneOf[i]];
+    *at[i].sum = sums[kLaneOf[i]];
+  }
+}
+
+// Stores columns [16 * i, 16 * i + 32) of a row of fp32 or bf16; i counts vectors.
+inline void store_pair(Dtype dtype, uint8_t* row, int i, F32 a, F32 b) {
+  if (dtype == Dtype::BF16) {
     store_bf16(row + 32 * i, a);
     store_bf16(row + 32 * i + 32, b);
   } else {
@@ -38,17 +68,39 @@ inline void store_pair(Dtype dtype, uint8_t* row, int k, int i, F32 a, F32 b) {
   }
 }
 
-// The same for a whole row of fp32; k need not be a multiple of 32 unless dtype is Q8.
-inline void store_row(Dtype dtype, uint8_t* row, int k, const float* x) {
-  int i = 0;
-  for (; i + 32 <= k; i += 32) store_pair(dtype, row, k, i / 16, load_f(x + i), load_f(x + i + 16));
-  if (i == k) return;
-  float tail[32] = {};
-  for (int j = i; j < k; j++) tail[j - i] = x[j];
-  alignas(64) uint8_t stored[128];
-  store_pair(dtype, stored, 32, 0, load_f(tail), load_f(tail + 16));
-  size_t width = dtype == Dtype::BF16 ? 2 : 4;
-  __builtin_memcpy(row + width * i, stored, width * (k - i));
+// Groups [g, g + N) of a row of k values; x points at the first of them.
+template <int N>
+inline void store_groups(uint8_t* row, int k, int g, const float* x) {
+  F32 a[N], b[N];
+  Q8Place at[N];
+  for (int i = 0; i < N; i++) {
+    a[i] = load_f(x + kGroup * i);
+    b[i] = load_f(x + kGroup * i + 16);
+    at[i] = q8_place(row, k, g + i);
+  }
+  store_q8<N>(a, b, at);
 }
+
+// Columns [from, from + n) of a row of k values; x points at the first of them. A q8 row takes whole groups.
+inline void store_columns(Dtype dtype, uint8_t* row, int k, const float* x, int from, int n) {
+  int i = 0;
+  if (dtype == Dtype::Q8) {
+    for (; i + 8 * kGroup <= n; i += 8 * kGroup) store_groups<8>(row, k, (from + i) / kGroup, x + i);
+    for (; i + 2 * kGroup <= n; i += 2 * kGroup) store_groups<2>(row, k, (from + i) / kGroup, x + i);
+    for (; i + kGroup <= n; i += kGroup) store_groups<1>(row, k, (from + i) / kGroup, x + i);
+    return;
+  }
+  const size_t width = dtype == Dtype::BF16 ? 2 : 4;
+  uint8_t* out = row + width * from;
+  for (; i + 32 <= n; i += 32) store_pair(dtype, out, i / 16, load_f(x + i), load_f(x + i + 16));
+  if (i == n) return;
+  float tail[32] = {};
+  for (int j = i; j < n; j++) tail[j - i] = x[j];
+  alignas(64) uint8_t stored[128];
+  store_pair(dtype, stored, 0, load_f(tail), load_f(tail + 16));
+  __builtin_memcpy(out + width * i, stored, width * (n - i));
+}
+
+inline void store_row(Dtype dtype, uint8_t* row, int k, const float* x) { store_columns(dtype, row, k, x, 0, k); }
 
 }  // namespace ridgeline::RL_ISA
