@@ -36,8 +36,8 @@ inline I32 splat_pair(const void* p) {
   return splat_i(w);
 }
 
-// Four cache lines of what is needed next. A core overlaps few cache misses of its own while it computes, so the
-// next chunk (or task) is fetched line by line during this one, in the order a hardware prefetcher can follow.
+// Four cache lines of what is needed next. A core overlaps few cache misses of its own while it computes, so what
+// comes after is fetched line by line meanwhile, in the order a hardware prefetcher can follow.
 inline void fetch_lines(const uint8_t* p) {
   for (int i = 0; i < 256; i += 64) prefetch(p + i);
 }
@@ -183,25 +183,20 @@ inline void output_columns(const uint8_t* const* p, const uint8_t* const* values
   }
 }
 
-// The partial of R rows over one chunk, into scratch.m, scratch.l and scratch.partial. `next`: the keys of 16 blocks
-// to fetch meanwhile, their values run_bytes further on, or null.
+// The partial of R rows over one chunk, into scratch.m, scratch.l and scratch.partial. `next`: 16 blocks of keys
+// wanted next, or null. If given, the values are fetched while the scores are computed, and those keys after that.
 template <Dtype kType, int R>
 __attribute__((noinline)) void chunk_partial(const uint8_t* const* q, const uint8_t* const* keys, const int* limits,
                                              int dim, float scale, size_t run_bytes, const uint8_t* const* next, Scratch& x) {
   const uint8_t *values[kChunk / kBlock], *p[R];
   int seen = *std::max_element(limits, limits + R), blocks = (seen + 15) / 16;
   for (int b = 0; b < blocks; b++) values[b] = keys[b] + run_bytes;
-  const uint8_t *next_block[kChunk / kBlock], *const* next_values = nullptr;
-  if (next) {
-    for (int b = 0; b < kChunk / kBlock; b++) next_block[b] = next[b] + run_bytes;
-    next_values = next_block;
-  }
   int b = 0;
   for (; b + 4 <= blocks; b += 4) {
     score_blocks<kType, R, 4>(q, keys + b, dim, splat(scale), x.scores[0] + 16 * b,
-                               next ? next + b : nullptr);
+                               next ? values + b : nullptr);
   }
-  const uint8_t* const* more = next ? next + b : nullptr;
+  const uint8_t* const* more = next ? values + b : nullptr;
   float* scores = x.scores[0] + 16 * b;
   if (blocks - b == 1) score_blocks<kType, R, 1>(q, keys + b, dim, splat(scale), scores, more);
   if (blocks - b == 2) score_blocks<kType, R, 2>(q, keys + b, dim, splat(scale), scores, more);
@@ -211,7 +206,7 @@ __attribute__((noinline)) void chunk_partial(const uint8_t* const* q, const uint
     softmax_row<kType>(x.scores[r], limits[r], x.probabilities[r], x.m[r], x.l[r]);
   }
   int at = 0;
-  for (; at + 64 <= dim; at += 64) output_columns<kType, R, 4>(p, values, limits, dim, at, x.partial[0], next_values);
+  for (; at + 64 <= dim; at += 64) output_columns<kType, R, 4>(p, values, limits, dim, at, x.partial[0], next);
   for (; at < dim; at += 16) output_columns<kType, R, 1>(p, values, limits, dim, at, x.partial[0], nullptr);
 }
 
