@@ -203,8 +203,8 @@ void bind_ops(py::class_<Executor>& c) {
   c.def("add_attention", [](Executor& e, const std::string& name, Place qkv, Place q, Place out, int layer,
                             float scale, const std::string& dtype) {
     AttentionArgs a{rope_of(e, qkv, q, layer), buffer_of(out), scale, dtype_of(dtype)};
-    if (a.out_dtype != Dtype::F32 && a.rope.head_dim % 32)
-      throw std::invalid_argument("attention stores fp32 for this head size");
+    if (a.out_dtype == Dtype::Q8 && a.rope.head_dim % kGroup)
+      throw std::invalid_argument("attention cannot quantize heads of " + std::to_string(a.rope.head_dim));
     e.add_op(name, [a, f = e.kernels().attention](const Step& s, Worker& w) { f(a, s, w); });
   });
   c.def("add_select", [](Executor& e, const std::string& name, Place x, Place out) {
@@ -253,8 +253,11 @@ std::unique_ptr<Executor> make_executor(const py::dict& d) {
   take("weight_bytes", c.weight_bytes);
   take("rope_frequency", c.rope_frequency);
   c.kv_dtype = dtype_of(py::cast<std::string>(d["kv_dtype"]));
-  if (c.head_dim % 16 || c.head_dim > 256 || c.heads % c.kv_heads || c.heads / c.kv_heads > 48)
-    throw std::invalid_argument("attention needs a head size that is a multiple of 16 up to 256");
+  if (c.kv_heads < 1 || c.heads % c.kv_heads || c.heads / c.kv_heads > 48)
+    throw std::invalid_argument("attention needs 1 to 48 query heads for each KV head");
+  if (c.head_dim < 16 || c.head_dim % 16 || c.head_dim > 256)
+    throw std::invalid_argument("attention needs a head size that is a multiple of 16 up to 256, not " +
+                                std::to_string(c.head_dim));
   if ((int)c.rope_frequency.size() != c.head_dim / 2)
     throw std::invalid_argument("rope_frequency needs one entry per pair of head dimensions");
   return std::make_unique<Executor>(c);

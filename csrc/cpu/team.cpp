@@ -14,25 +14,15 @@
 namespace ridgeline {
 namespace {
 
+constexpr int kSpins = 1024;  // about 20 microseconds
+constexpr int kYields = 64;
+
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
-}
-
-// Spins until `ready`, some 10 microseconds at first, then giving the core away each time: the thread waited for
-// may be queueing for this very core.
-template <class F>
-void spin_until(F&& ready) {
-  for (int i = 0; !ready(); i++) {
-    if (i < 512) {
-      relax();
-    } else {
-      sched_yield();
-    }
-  }
 }
 
 // While a job runs: round to nearest even and flush denormals, whatever the calling program has set. A denormal
@@ -117,10 +107,23 @@ void Team::barrier() {
   uint32_t generation = generation_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-  } else {
-    spin_until([&] { return generation_.load(std::memory_order_acquire) != generation; });
+    generation_.store(generation + 1);  // sequentially consistent, like the next load: no sleeper is missed
+    if (sleeping_here_.load() > 0) generation_.notify_all();
+    return;
   }
+  auto passed = [&] { return generation_.load(std::memory_order_acquire) != generation; };
+  for (int i = 0; i < kSpins; i++) {
+    if (passed()) return;
+    relax();
+  }
+  // The thread waited for may be queueing for this very core: give it away, and at last sleep.
+  for (int i = 0; i < kYields; i++) {
+    if (passed()) return;
+    sched_yield();
+  }
+  sleeping_here_.fetch_add(1);
+  generation_.wait(generation);
+  sleeping_here_.fetch_sub(1);
 }
 
 }  // namespace ridgeline

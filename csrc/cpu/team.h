@@ -79,6 +79,7 @@ class Team {
   alignas(64) std::atomic<int> sleeping_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
+  std::atomic<int> sleeping_here_{0};  // threads asleep in a barrier
   std::atomic<bool> stop_{false};
 };
 

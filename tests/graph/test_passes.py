@@ -89,7 +89,7 @@ def test_quantized_activations_cost_only_their_rounding():
 
 
 def test_llama_compiles_to_eight_operators_a_layer():
-    cfg = config(num_layers=3)
+    cfg = config(num_layers=3, head_dim=32)
     weights = random_weights(cfg, "q4_1", override={"embed": "q8_0"})
     after, reports = run_passes(graph(cfg, weights), cpu_target("f32"))
     layer = ["linear", "rope_kv_write", "attention", "linear", "add_rms_norm", "linear", "linear", "add_rms_norm"]
@@ -102,8 +102,16 @@ def test_llama_compiles_to_eight_operators_a_layer():
     assert all("quantize" in r.name or "operators" in r.describe(Load.of([(0, 8)])) for r in reports)
 
 
+def test_attention_leaves_quantizing_heads_that_groups_would_straddle_to_an_operator():
+    cfg = config(num_layers=1, head_dim=16)
+    after, _ = run_passes(graph(cfg, random_weights(cfg, "q4_1")), cpu_target("f32"))
+    attention = next(n for n in after.nodes if n.op == "attention")
+    assert attention.attrs["quantize"] is None
+    assert [n.op for n in after.nodes].count("quantize") == 1
+
+
 def test_differing_formats_are_joined_by_concat_and_silu_mul():
-    cfg = config(num_layers=1)
+    cfg = config(num_layers=1, head_dim=32)
     weights = random_weights(cfg, "q4_0", override={"v": "q8_0", "up": "q4_1"})
     after, _ = run_passes(graph(cfg, weights), cpu_target("f32"))
     ops = [n.op for n in after.nodes]

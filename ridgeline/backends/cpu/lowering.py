@@ -131,9 +131,10 @@ class Lowering:
         out = op.outputs[0]
         if op.attrs["window"] is not None:
             raise UnsupportedError("the CPU executor has no sliding-window attention")
-        rope = next((r for r in self._ops if q in r.outputs and cache in r.outputs and r.op == "rope_kv_write"), None)
-        if rope is None:
-            raise UnsupportedError("the CPU executor has no attention apart from rope_kv_write")
+        at = self._ops.index(op)
+        rope = self._ops[at - 1]
+        if rope.op != "rope_kv_write" or rope.outputs != (q, cache):  # they share their work when decoding
+            raise UnsupportedError("the CPU executor has no attention but directly after its rope_kv_write")
         self._native.add_attention(
             f"attention {name}",
             self._place(rope.inputs[0]),

@@ -6,7 +6,7 @@ quantized rows through.
 
 from __future__ import annotations
 
-from ridgeline.graph.ir import Graph, Node
+from ridgeline.graph.ir import Q8_GROUP, Graph, Node
 from ridgeline.graph.ops import OPS
 from ridgeline.graph.rewrite import Rewriter
 
@@ -37,4 +37,9 @@ def _quantize_after(edit: Rewriter, node: Node) -> Node | None:
     reader = edit.only_consumer(node.outputs[-1])
     if reader is not None and reader.op == "select_rows":
         reader = edit.only_consumer(reader.outputs[0])
-    return reader if reader is not None and reader.op == "quantize" else None
+    if reader is None or reader.op != "quantize":
+        return None
+    # Attention finishes one head at a time: a group of 32 must not lie across two.
+    if node.op == "attention" and reader.attrs["to"] == "q8" and node.attrs["head_dim"] % Q8_GROUP:
+        return None
+    return reader
