@@ -25,16 +25,20 @@ from ridgeline.perf.machine import measure_peaks
 
 DECODE_AT_MOST = 64
 BLOCK = 16
+PREFILL = 512  # tokens of a step that only fills the cache
 
 
-def make_batch(slots: list[int], first: int, each: int, seed: int) -> Batch:
-    """A request for each slot with tokens at positions ``first`` to ``first + each``; slot s has its own blocks."""
+def make_batch(slots: list[int], first: int, each: int, table: int, vocab: int, seed: int) -> Batch:
+    """A request for each slot with tokens at positions ``first`` to ``first + each``.
+
+    Slot s has blocks ``s * table`` to ``(s + 1) * table`` to itself.
+    """
     requests, blocks = len(slots), -(-(first + each) // BLOCK)
     sampling = np.zeros(requests, SAMPLING_DTYPE)
     sampling["num_logprobs"] = -1
-    updates = [(s, i, s * blocks + i) for s in slots for i in range(blocks)]
+    updates = [(s, i, s * table + i) for s in slots for i in range(blocks)]
     return Batch(
-        token_ids=np.random.default_rng(seed).integers(100, 40000, requests * each).astype(np.int32),
+        token_ids=np.random.default_rng(seed).integers(0, vocab, requests * each).astype(np.int32),
         positions=np.tile(np.arange(first, first + each, dtype=np.int32), requests),
         slots=np.array(slots, np.int32),
         query_starts=np.arange(0, requests * each + 1, each, dtype=np.int32),
@@ -45,27 +49,29 @@ def make_batch(slots: list[int], first: int, each: int, seed: int) -> Batch:
     )
 
 
-def shaped_batch(shape: int, context: int, seed: int) -> Batch:
-    """``shape`` requests of one token each at ``context``, or one prompt of ``shape`` tokens."""
-    if shape > DECODE_AT_MOST:
-        return make_batch([0], 0, shape, seed)
-    return make_batch(list(range(shape)), context - 1, 1, seed)
-
-
-def measure(executor: CpuExecutor, shape: int, context: int, seconds: float) -> tuple[float, dict[str, float]]:
+def measure(
+    executor: CpuExecutor, shape: int, context: int, table: int, vocab: int, seconds: float
+) -> tuple[float, dict[str, float]]:
     """Median step in seconds, and the mean seconds per kind of operator."""
-    steps: list[float] = []
-    # Compute what the decodes continue: an untouched cache is one page of zeros and is not read from memory.
-    for slot in range(shape if shape <= DECODE_AT_MOST else 0):
-        executor.finish(executor.launch(make_batch([slot], 0, context, slot)))
-    executor.finish(executor.launch(shaped_batch(shape, context, 0)))
-    until = time.perf_counter() + seconds
-    executor.native.set_profiling(True)
-    while time.perf_counter() < until or len(steps) < 5:
-        batch = shaped_batch(shape, context, len(steps))
+
+    def run(slots: list[int], first: int, each: int, seed: int = 0) -> float:
+        batch = make_batch(slots, first, each, table, vocab, seed)
         start = time.perf_counter()
         executor.finish(executor.launch(batch))
-        steps.append(time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    decode = shape <= DECODE_AT_MOST
+    shaped = (list(range(shape)), context - 1, 1) if decode else ([0], 0, shape)
+    # Compute what the decodes continue: an untouched cache is one page of zeros and is not read from memory.
+    for slot in range(shape if decode else 0):
+        for first in range(0, context, PREFILL):
+            run([slot], first, min(PREFILL, context - first))
+    run(*shaped)
+    steps: list[float] = []
+    executor.native.set_profiling(True)
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(steps) < 5:
+        steps.append(run(*shaped, seed=len(steps)))
     kinds: dict[str, float] = {}
     for name, spent in zip([*executor.native.op_names(), "sample"], executor.native.op_seconds(), strict=True):
         kind = name.split()[0]
@@ -89,13 +95,18 @@ def main() -> None:
     args = parser.parse_args()
     model = load_model(args.model)
     target = cpu_target(args.kv_dtype)
-    plan = compile(model.graph(512, DECODE_AT_MOST, args.kv_dtype, BLOCK), target)
+    shapes = [int(s) for s in args.shapes.split(",")]
+    longest = max(PREFILL, args.context, *shapes)
+    if min(shapes) < 1 or args.context < 1 or longest > model.config.context_length:
+        parser.error(f"shapes and context must be from 1 to the model's context, {model.config.context_length}")
+    table = -(-longest // BLOCK)
+    plan = compile(model.graph(max(PREFILL, *shapes), DECODE_AT_MOST, args.kv_dtype, BLOCK), target)
     executor = CpuExecutor(
         plan,
         model.weights,
         num_slots=DECODE_AT_MOST,
-        num_blocks=[DECODE_AT_MOST * 32],
-        max_blocks_per_slot=-(-max(512, args.context) // BLOCK),
+        num_blocks=[DECODE_AT_MOST * table],
+        max_blocks_per_slot=table,
         threads=args.threads,
         isa=args.isa,
     )
@@ -104,10 +115,9 @@ def main() -> None:
         f"{args.model}, {executor.isa}, {executor.threads} threads: {peaks.bandwidth / 1e9:.1f} GB/s, "
         f"int8 {peaks.int8 / 1e9:.0f} GOP/s, bf16 {peaks.bf16 / 1e9:.0f} GFLOP/s"
     )
-    shapes = [int(s) for s in args.shapes.split(",")]
     results = {}
     for shape in shapes:
-        step, kinds = measure(executor, shape, args.context, args.seconds)
+        step, kinds = measure(executor, shape, args.context, table, model.config.vocab_size, args.seconds)
         requests = [(args.context - 1, 1)] * shape if shape <= DECODE_AT_MOST else [(0, shape)]
         least = roofline(plan.cost(Load.of(requests)), peaks).seconds
         results[str(shape)] = {"step_ms": step * 1e3, "roofline_share": least / step}

@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
+#include <map>
+#include <memory>
+#include <optional>
 #include <stdexcept>
 
 #include "executor.h"
@@ -24,6 +26,12 @@ Format format_of(const std::string& name) {
   if (name == "q4_0") return Format::Q4_0;
   if (name == "q4_1") return Format::Q4_1;
   throw std::invalid_argument("no native kernel for weight format " + name);
+}
+
+// What an operator may store; F16 is a type of weights and caches only.
+Dtype stored_dtype(Dtype d) {
+  if (d == Dtype::F16) throw std::invalid_argument("no native kernel stores f16 activations");
+  return d;
 }
 
 Dtype dtype_of(const std::string& name) {
@@ -176,33 +184,34 @@ void bind_ops(py::class_<Executor>& c) {
     a.k = (int)weight.size();
     a.weight = e.keep_vector(weight.data(), (size_t)weight.size());
     a.eps = eps;
-    a.out_dtype = dtype_of(dtype);
+    a.out_dtype = stored_dtype(dtype_of(dtype));
     a.rows = rows_of(rows);
     if (2 * (size_t)a.k * sizeof(float) > kScratchBytes) throw std::invalid_argument("a norm's row is too long");
-    using Free = Executor::Free;
+    using Free = Executor::BarrierFree;
     Free free = !per_thread ? Free::Never : a.rows == Rows::Tokens ? Free::OneToken : Free::OneSampled;
     e.add_op(name, [a, f = e.kernels().norm](const Step& s, Worker& w) { f(a, s, w); }, free);
   });
   c.def("add_quantize", [](Executor& e, const std::string& name, Place x, Place out, int k, const std::string& dtype,
                            const std::string& rows) {
-    QuantizeArgs a{buffer_of(x), buffer_of(out), k, dtype_of(dtype), rows_of(rows)};
+    QuantizeArgs a{buffer_of(x), buffer_of(out), k, stored_dtype(dtype_of(dtype)), rows_of(rows)};
     e.add_op(name, [a, f = e.kernels().quantize](const Step& s, Worker& w) { f(a, s, w); });
   });
   c.def("add_linear", [](Executor& e, const std::string& name, Place x, Place out, const PackedMatrix& w,
                          bool silu_mul, const std::string& dtype, const std::string& rows, bool per_thread) {
     LinearArgs a{buffer_of(x),     buffer_of(out), w, silu_mul ? Epilogue::SiluMul : Epilogue::None, per_thread,
-                 dtype_of(dtype), rows_of(rows)};
+                 stored_dtype(dtype_of(dtype)), rows_of(rows)};
+    if (!silu_mul && a.out_dtype != Dtype::F32) throw std::invalid_argument("a linear alone stores fp32");
     if (silu_mul && w.n % 32) throw std::invalid_argument("a gated linear needs whole pairs of tiles");
     if (a.out_dtype == Dtype::Q8 && w.n % 64) throw std::invalid_argument("a q8 output needs whole groups of 32");
     e.add_op(name, [a, f = e.kernels().linear](const Step& s, Worker& k) { f(a, s, k); });
   });
   c.def("add_rope_kv", [](Executor& e, const std::string& name, Place qkv, Place q, int layer) {
     RopeKvArgs a = rope_of(e, qkv, q, layer);
-    e.add_op(name, [a, f = e.kernels().rope_kv](const Step& s, Worker& w) { f(a, s, w); }, Executor::Free::OneEach);
+    e.add_op(name, [a, f = e.kernels().rope_kv](const Step& s, Worker& w) { f(a, s, w); }, Executor::BarrierFree::OneEach);
   });
   c.def("add_attention", [](Executor& e, const std::string& name, Place qkv, Place q, Place out, int layer,
                             float scale, const std::string& dtype) {
-    AttentionArgs a{rope_of(e, qkv, q, layer), buffer_of(out), scale, dtype_of(dtype)};
+    AttentionArgs a{rope_of(e, qkv, q, layer), buffer_of(out), scale, stored_dtype(dtype_of(dtype))};
     if (a.out_dtype == Dtype::Q8 && a.rope.head_dim % kGroup)
       throw std::invalid_argument("attention cannot quantize heads of " + std::to_string(a.rope.head_dim));
     e.add_op(name, [a, f = e.kernels().attention](const Step& s, Worker& w) { f(a, s, w); });
@@ -214,7 +223,7 @@ void bind_ops(py::class_<Executor>& c) {
   c.def("add_elementwise", [](Executor& e, const std::string& name, const std::string& op, Place x, Place y, Place out,
                               int k, const std::string& dtype, const std::string& rows) {
     ElementwiseArgs a{buffer_of(x),       buffer_of(y),    buffer_of(out), k,
-                      elementwise_of(op), dtype_of(dtype), rows_of(rows)};
+                      elementwise_of(op), stored_dtype(dtype_of(dtype)), rows_of(rows)};
     if ((size_t)k * sizeof(float) > kScratchBytes) throw std::invalid_argument("an elementwise row is too long");
     e.add_op(name, [a, f = e.kernels().elementwise](const Step& s, Worker& w) { f(a, s, w); });
   });
@@ -253,9 +262,10 @@ std::unique_ptr<Executor> make_executor(const py::dict& d) {
   take("weight_bytes", c.weight_bytes);
   take("rope_frequency", c.rope_frequency);
   c.kv_dtype = dtype_of(py::cast<std::string>(d["kv_dtype"]));
-  if (c.kv_heads < 1 || c.heads % c.kv_heads || c.heads / c.kv_heads > 48)
+  if (c.kv_dtype == Dtype::Q8) throw std::invalid_argument("no native cache of int8");
+  if (c.kv_heads < 1 || c.heads % c.kv_heads || c.heads / c.kv_heads > kMaxTileRows)
     throw std::invalid_argument("attention needs 1 to 48 query heads for each KV head");
-  if (c.head_dim < 16 || c.head_dim % 16 || c.head_dim > 256)
+  if (c.head_dim < 16 || c.head_dim % 16 || c.head_dim > kMaxHeadDim)
     throw std::invalid_argument("attention needs a head size that is a multiple of 16 up to 256, not " +
                                 std::to_string(c.head_dim));
   if ((int)c.rope_frequency.size() != c.head_dim / 2)

@@ -16,8 +16,6 @@ double now() {
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
 constexpr int kRopeStep = 256;        // positions added to the rotary table at a time
-constexpr int kTargetTileRows = 48;   // query rows of one attention task
-constexpr int kSampleScratch = 12;    // bytes per vocabulary entry (SampleArgs)
 
 }  // namespace
 
@@ -77,16 +75,16 @@ const float* Executor::keep_vector(const float* values, size_t count) {
   return vectors_.back().get();
 }
 
-void Executor::add_op(std::string name, std::function<void(const Step&, Worker&)> run, Free free) {
+void Executor::add_op(std::string name, std::function<void(const Step&, Worker&)> run, BarrierFree free) {
   op_names_.push_back(std::move(name));
   ops_.push_back({std::move(run), free});
 }
 
 bool Executor::needs_barrier(const Op& op) const {
   switch (op.free) {
-    case Free::OneToken: return step_.tokens != 1;
-    case Free::OneSampled: return step_.sampled != 1;
-    case Free::OneEach: return !step_.one_each;
+    case BarrierFree::OneToken: return step_.tokens != 1;
+    case BarrierFree::OneSampled: return step_.sampled != 1;
+    case BarrierFree::OneEach: return !step_.one_each;
     default: return true;
   }
 }
@@ -153,7 +151,7 @@ void Executor::extend_rope(int positions) {
 // Longest tasks first. One-token requests are split by chunk when there are too few to go round; their
 // partials are merged in chunk order either way, so the bits do not depend on the choice.
 void Executor::plan_attention(const BatchView& b) {
-  const int group = config_.heads / config_.kv_heads, tile = std::max(1, kTargetTileRows / group);
+  const int group = config_.heads / config_.kv_heads, tile = std::max(1, kMaxTileRows / group);
   const bool scarce = b.requests * config_.kv_heads < 2 * team_.size();
   int split = 0;
   step_.attention.clear();
@@ -238,6 +236,7 @@ void Executor::run_ops() {
     lap(ops_.size());
   };
   team_.run(job);
+  remember_tokens();
 }
 
 void Executor::finish(const uint32_t* masks, int flagged) {
@@ -259,6 +258,7 @@ void Executor::finish(const uint32_t* masks, int flagged) {
     });
   };
   team_.run(job);
+  remember_tokens();
 }
 
 void Executor::sample_row(int row, const uint32_t* mask, int thread) {
@@ -277,7 +277,12 @@ void Executor::sample_row(int row, const uint32_t* mask, int thread) {
   a.top_logprobs = top_logprobs_.data() + i * k;
   a.scratch = scratch_[(size_t)thread].data();
   kernels_->sample(a);
-  last_token_[(size_t)slots_[(size_t)request_of_[(size_t)token_row]]] = tokens_[i];
+}
+
+// In the order of the rows, so that of several rows of one slot the last counts.
+void Executor::remember_tokens() {
+  for (size_t i = 0; i < tokens_.size(); i++)
+    if (tokens_[i] >= 0) last_token_[(size_t)slots_[(size_t)request_of_[(size_t)sample_rows_[i]]]] = tokens_[i];
 }
 
 void Executor::set_profiling(bool on) {

@@ -43,8 +43,8 @@ class Executor {
   const float* keep_vector(const float* values, size_t count);
 
   // When an operator needs no barrier behind it, because what follows reads what its own thread has written.
-  enum class Free { Never, OneToken, OneSampled, OneEach };
-  void add_op(std::string name, std::function<void(const Step&, Worker&)> run, Free free = Free::Never);
+  enum class BarrierFree { Never, OneToken, OneSampled, OneEach };
+  void add_op(std::string name, std::function<void(const Step&, Worker&)> run, BarrierFree free = BarrierFree::Never);
   const Kernels& kernels() const { return *kernels_; }
   const ExecutorConfig& config() const { return config_; }
   void set_logits(Buffer logits) { logits_ = logits; }
@@ -75,6 +75,7 @@ class Executor {
   void plan_attention(const BatchView& batch);
   void extend_rope(int positions);
   void run_ops();
+  void remember_tokens();
   void sample_row(int row, const uint32_t* mask, int thread);
 
   ExecutorConfig config_;
@@ -86,7 +87,7 @@ class Executor {
   std::vector<Region> scratch_;
   struct Op {
     std::function<void(const Step&, Worker&)> run;
-    Free free;
+    BarrierFree free;
   };
   bool needs_barrier(const Op& op) const;
   std::vector<Op> ops_;

@@ -1,7 +1,6 @@
 // Repacking a weight matrix from its file's rows into the panels of packed.h.
 #pragma once
 
-#include <string>
 #include <vector>
 
 #include "packed.h"

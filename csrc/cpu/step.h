@@ -41,8 +41,10 @@ struct KvCache {
 };
 inline constexpr int kCluster = 16;  // blocks
 
-inline constexpr int kBlock = 16;    // tokens per KV block
-inline constexpr int kChunk = 256;   // keys per independent attention partial
+inline constexpr int kBlock = 16;         // tokens per KV block
+inline constexpr int kMaxHeadDim = 256;
+inline constexpr int kMaxTileRows = 48;   // query rows of one attention task: tokens times heads sharing a KV head
+inline constexpr int kChunk = 256;        // keys per independent attention partial
 
 struct Step {
   int tokens = 0, sampled = 0, requests = 0;
@@ -68,7 +70,7 @@ struct Worker {
   Team& team;
   int thread;
   int shares;        // calls of Team::share in this step
-  uint8_t* scratch;  // this thread's own, kScratchBytes
+  uint8_t* scratch;  // this thread's own, at least kScratchBytes
 };
 inline constexpr size_t kScratchBytes = 1 << 20;
 
@@ -149,8 +151,9 @@ struct SampleArgs {
   float* logprob;
   int32_t* top_ids;
   float* top_logprobs;
-  uint8_t* scratch;         // 12 bytes per token of the vocabulary
+  uint8_t* scratch;         // kSampleScratch bytes per token of the vocabulary
 };
+inline constexpr int kSampleScratch = 12;
 
 // The kernels of one instruction set.
 struct Kernels {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <fstream>
 #include <string>
 
@@ -25,8 +26,8 @@ inline void relax() {
 #endif
 }
 
-// While a job runs: round to nearest even and flush denormals, whatever the calling program has set. A denormal
-// costs some processors a hundred cycles, and no kernel needs one.
+// While a job runs on x86: round to nearest even and flush denormals, whatever the calling program has set. A
+// denormal costs some processors a hundred cycles, and no kernel needs one. Elsewhere the program's mode stays.
 class FloatMode {
  public:
 #if defined(__SSE__)
@@ -62,10 +63,17 @@ int available_threads() {
 }
 
 Team::Team(int size) : size_(std::max(1, size)) {
-  for (int t = 1; t < size_; t++) threads_.emplace_back([this, t] { work(t); });
+  try {
+    for (int t = 1; t < size_; t++) threads_.emplace_back([this, t] { work(t); });
+  } catch (...) {
+    dismiss();
+    throw;
+  }
 }
 
-Team::~Team() {
+Team::~Team() { dismiss(); }
+
+void Team::dismiss() {
   stop_.store(true);
   epoch_.fetch_add(1);
   epoch_.notify_all();

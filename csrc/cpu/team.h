@@ -48,13 +48,16 @@ class Team {
     }
   }
 
-  // The same one at a time, with the index this thread will have next, or -1, so that it can fetch ahead.
+  // The same one at a time, with the index this thread will have next, so that it can fetch ahead, or -1. Indices
+  // are reserved only while there are plenty: near the end each goes to whoever is free.
   template <class F>
   void share_ahead(int call, int count, F&& body) {
     std::atomic<int>& next = open(call);
-    for (int i = next.fetch_add(1, std::memory_order_relaxed), after; i < count; i = after) {
-      after = next.fetch_add(1, std::memory_order_relaxed);
+    auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+    for (int i = take(); i < count;) {
+      int after = i + 3 * size_ < count ? take() : -1;
       body(i, after < count ? after : -1);
+      i = after >= 0 ? after : take();
     }
   }
 
@@ -70,6 +73,7 @@ class Team {
   };
 
   void work(int thread);
+  void dismiss();
 
   const int size_;
   std::vector<std::thread> threads_;

@@ -17,11 +17,18 @@ namespace ridgeline::RL_ISA {
 
 inline constexpr int kLanes = 16;
 
+// Four bytes of memory in every lane: four int8 activations, or a pair of bf16.
+inline I32 splat_word(const void* p) {
+  int32_t w;
+  __builtin_memcpy(&w, p, 4);
+  return splat_i(w);
+}
+
 // Polynomials below interpolate at Chebyshev nodes with the constant term held at 1.
 
 // e^x to 1 ulp for x in [-87, 88]; smaller x gives 0 or a denormal, -inf gives 0. Reduced by ln 2 in two parts.
 inline F32 exp(F32 x) {
-  x = max(splat(-104.0f), x);  // operand order lets a NaN through
+  x = min(splat(128.0f), max(splat(-104.0f), x));  // operand order lets a NaN through
   F32 n = round_even(mul(x, splat(1.44269504088896341f)));
   F32 r = fma(n, splat(-0.693359375f), x);
   r = fma(n, splat(2.12194440e-4f), r);

@@ -29,10 +29,11 @@ inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
 inline F32 to_f(I32 a) { return _mm512_cvtepi32_ps(a); }
-// Round to nearest even, the mode every executor leaves MXCSR in.
+// Rounds to nearest even, the mode a team sets for its jobs.
 inline I32 to_i(F32 a) { return _mm512_cvtps_epi32(a); }
 inline I32 bits(F32 a) { return _mm512_castps_si512(a); }
 inline F32 from_bits(I32 a) { return _mm512_castsi512_ps(a); }
+inline I32 max_i(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
 inline I32 add_i(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 
 // Bytes: both nibbles of each byte of a 64-byte record.
@@ -45,9 +46,6 @@ inline F32 dot_bf16(F32 acc, I32 a, I32 b) { return _mm512_dpbf16_ps(acc, (__m51
 
 inline F32 load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline void store_f16(void* p, F32 x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, 0)); }
-inline F32 load_bf16(const void* p) {
-  return from_bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
-}
 inline void store_bf16(void* p, F32 x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
 inline void store_i8(void* p, I32 x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x)); }
 
@@ -63,11 +61,11 @@ inline float reduce_add(F32 x) {
 // Eight reductions at once: the result of v[i] is in lane kLaneOf[i]. Halves are folded and rows brought together
 // in the same shuffles, so eight cost about as much as three one by one.
 inline constexpr int kLaneOf[8] = {0, 4, 8, 12, 1, 5, 9, 13};
-template <class V, class Fold, class As>
-inline __m512 reduce8(const V (&v)[8], Fold fold, As as) {
+template <class Fold>
+inline __m512 reduce8(const I32 (&v)[8], Fold fold) {
   __m512 t[4], u[2];
   for (int i = 0; i < 4; i++) {
-    __m512 a = as(v[2 * i]), b = as(v[2 * i + 1]);
+    __m512 a = from_bits(v[2 * i]), b = from_bits(v[2 * i + 1]);
     t[i] = fold(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
   }
   for (int i = 0; i < 2; i++)
@@ -75,12 +73,13 @@ inline __m512 reduce8(const V (&v)[8], Fold fold, As as) {
   __m512 w = fold(_mm512_unpacklo_ps(u[0], u[1]), _mm512_unpackhi_ps(u[0], u[1]));
   return fold(w, _mm512_permute_ps(w, 0x4e));
 }
-inline F32 reduce_max8(const F32 (&v)[8]) {
-  return reduce8(v, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); }, [](F32 x) { return x; });
+inline I32 reduce_max8(const I32 (&v)[8]) {
+  auto largest = [](__m512 a, __m512 b) { return from_bits(max_i(bits(a), bits(b))); };
+  return bits(reduce8(v, largest));
 }
 inline I32 reduce_add8(const I32 (&v)[8]) {
   auto add = [](__m512 a, __m512 b) { return from_bits(add_i(bits(a), bits(b))); };
-  return bits(reduce8(v, add, [](I32 x) { return from_bits(x); }));
+  return bits(reduce8(v, add));
 }
 
 // Lanes below n keep x, the others become other.

@@ -11,8 +11,6 @@ namespace ridgeline::RL_ISA {
 typedef float F32 __attribute__((vector_size(64)));
 typedef int32_t I32 __attribute__((vector_size(64)));
 typedef uint32_t U32 __attribute__((vector_size(64)));
-typedef int8_t I8x64 __attribute__((vector_size(64)));
-typedef uint8_t U8x64 __attribute__((vector_size(64)));
 
 inline F32 zero_f() { return F32{}; }
 inline I32 zero_i() { return I32{}; }
@@ -40,6 +38,7 @@ inline F32 round_even(F32 x) {
   return r;
 }
 inline I32 to_i(F32 a) { return __builtin_convertvector(round_even(a), I32); }
+inline I32 max_i(I32 a, I32 b) { return a > b ? a : b; }
 inline I32 add_i(I32 a, I32 b) { return a + b; }
 
 inline I32 low_nibbles(I32 w) { return w & 0x0f0f0f0f; }
@@ -102,13 +101,6 @@ inline void store_f16(void* p, F32 x) {
   for (int i = 0; i < 16; i++) h[i] = float_to_half(x[i]);
   std::memcpy(p, h, 32);
 }
-inline F32 load_bf16(const void* p) {
-  uint16_t h[16];
-  std::memcpy(h, p, 32);
-  I32 x;
-  for (int i = 0; i < 16; i++) x[i] = (int32_t)((uint32_t)h[i] << 16);
-  return from_bits(x);
-}
 inline void store_bf16(void* p, F32 x) {
   uint16_t h[16];
   I32 b = bits(x);
@@ -136,9 +128,10 @@ inline float reduce_add(F32 x) {
   return x[0];
 }
 inline constexpr int kLaneOf[8] = {0, 1, 2, 3, 4, 5, 6, 7};
-inline F32 reduce_max8(const F32 (&v)[8]) {
-  F32 x = {};
-  for (int i = 0; i < 8; i++) x[i] = reduce_max(v[i]);
+inline I32 reduce_max8(const I32 (&v)[8]) {
+  I32 x = {};
+  for (int i = 0; i < 8; i++)
+    for (int lane = 0; lane < 16; lane++) x[i] = v[i][lane] > x[i] ? v[i][lane] : x[i];
   return x;
 }
 inline I32 reduce_add8(const I32 (&v)[8]) {

@@ -14,27 +14,18 @@ namespace ridgeline::RL_ISA {
 namespace {
 
 constexpr int kRows = 6;        // query rows of one register block
-constexpr int kTileRows = 96;   // query rows of one task, at most
-constexpr int kMaxDim = 256;
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 struct Scratch {
   alignas(64) float scores[kRows][kChunk];
   alignas(64) uint8_t probabilities[kRows][kChunk * 4];
-  alignas(64) float partial[kRows][kMaxDim];
+  alignas(64) float partial[kRows][kMaxHeadDim];
   float m[kRows], l[kRows];
-  float tile_m[kTileRows], tile_l[kTileRows];
-  alignas(64) float tile_o[kTileRows * kMaxDim];
-  alignas(64) uint8_t queries[kTileRows * kMaxDim * 4];  // of a task that rotates its own
+  float tile_m[kMaxTileRows], tile_l[kMaxTileRows];
+  alignas(64) float tile_o[kMaxTileRows * kMaxHeadDim];
+  alignas(64) uint8_t queries[kMaxTileRows * kMaxHeadDim * 4];  // of a task that rotates its own
 };
 static_assert(sizeof(Scratch) <= kScratchBytes);
-
-template <Dtype kType>
-inline I32 splat_pair(const void* p) {
-  int32_t w;
-  std::memcpy(&w, p, 4);
-  return splat_i(w);
-}
 
 // Four cache lines of what is needed next. A core overlaps few cache misses of its own while it computes, so what
 // comes after is fetched line by line meanwhile, in the order a hardware prefetcher can follow.
@@ -67,7 +58,7 @@ RL_UNROLL
       for (int c = 0; c < C; c++) k[c] = load_i(keys[c] + 64 * d);
 RL_UNROLL
       for (int r = 0; r < R; r++) {
-        I32 x = splat_pair<kType>(q[r] + 4 * d);
+        I32 x = splat_word(q[r] + 4 * d);
 RL_UNROLL
         for (int c = 0; c < C; c++) acc[r][c] = dot_bf16(acc[r][c], k[c], x);
       }
@@ -135,7 +126,7 @@ RL_UNROLL
       for (int c = 0; c < C; c++) v[c] = load_i(row + 64 * c);
 RL_UNROLL
       for (int r = 0; r < R; r++) {
-        I32 x = splat_pair<kType>(p[r] + 4 * t);
+        I32 x = splat_word(p[r] + 4 * t);
 RL_UNROLL
         for (int c = 0; c < C; c++) acc[r][c] = dot_bf16(acc[r][c], v[c], x);
       }
@@ -157,7 +148,7 @@ RL_UNROLL
 template <int C>
 inline void weigh_half_pair(F32 (&acc)[1][C], const uint8_t* p, const uint8_t* const* values, int dim, int at, int t) {
   const uint8_t* row = values[t / 8] + (size_t)4 * ((t % 8) * dim + at);
-  I32 x = splat_pair<Dtype::BF16>(p + 4 * t);
+  I32 x = splat_word(p + 4 * t);
   for (int c = 0; c < C; c++) acc[0][c] = dot_bf16(acc[0][c], low_halves(load_i(row + 64 * c)), x);
 }
 
@@ -179,7 +170,7 @@ inline void output_columns(const uint8_t* const* p, const uint8_t* const* values
     for (int c = 0; c < C; c++) row[0][c] = acc[r][c];
     weigh_values<kType, 1, C>(row, p + r, values, dim, at, common / kPair, limits[r] / kPair);
     if (kPair == 2 && limits[r] % 2) weigh_half_pair<C>(row, p[r], values, dim, at, limits[r] / 2);
-    for (int c = 0; c < C; c++) store_f(o + r * kMaxDim + at + 16 * c, row[0][c]);
+    for (int c = 0; c < C; c++) store_f(o + r * kMaxHeadDim + at + 16 * c, row[0][c]);
   }
 }
 
@@ -247,7 +238,7 @@ struct Task {
 
   void store(int row, float l, const float* o) const {
     const int dim = a.rope.head_dim, width = a.rope.heads * dim, first = head(row) * dim;
-    alignas(64) float result[kMaxDim];
+    alignas(64) float result[kMaxHeadDim];
     const F32 inverse = splat(1.0f / l);
     for (int i = 0; i < dim; i += 16) store_f(result + i, mul(load_f(o + i), inverse));
     store_columns(a.out_dtype, s.at(a.out, token(row)), width, result, first, dim);
@@ -277,7 +268,7 @@ struct Task {
     const Partial* partials = s.cache.dtype == Dtype::BF16  ? kPartials<Dtype::BF16>
                               : s.cache.dtype == Dtype::F16 ? kPartials<Dtype::F16>
                                                             : kPartials<Dtype::F32>;
-    const size_t element = s.cache.dtype == Dtype::BF16 ? 2 : 4;
+    const size_t element = query_bytes(s.cache.dtype);
     for (int row = 0; row < rows(); row += kRows) {
       int count = 0, at[kRows], limits[kRows];
       const uint8_t* q[kRows];
@@ -339,7 +330,7 @@ struct Task {
   // With one token to a request: what the rope_kv operator does otherwise, for this KV head.
   template <Dtype kType>
   void rotate_own() const {
-    const size_t element = kType == Dtype::BF16 ? 2 : 4;
+    const size_t element = query_bytes(kType);
     for (int r = 0; r < group; r++)
       rope_query<kType>(a.rope, s, t.token_begin, head(r), x.queries + (size_t)r * a.rope.head_dim * element);
     const bool last = t.split < 0 || t.chunk_end == t.num_splits;  // the chunk that holds the token itself

@@ -11,12 +11,6 @@
 
 namespace ridgeline::RL_ISA {
 
-inline I32 splat_word(const int8_t* p) {
-  int32_t w;
-  __builtin_memcpy(&w, p, 4);
-  return splat_i(w);
-}
-
 template <Format kFormat>
 inline constexpr int kZeroPoint = kFormat == Format::Q4_0 ? 8 : kFormat == Format::Q8_0 ? 128 : 0;
 
@@ -63,7 +57,7 @@ RL_UNROLL
     for (int r = 0; r < R; r++) {
       acc[r][0] = zero_i();
       if constexpr (kZeroPoint<kFormat> != 0)
-        acc[r][0] = splat_i(-kZeroPoint<kFormat> * ((const int32_t*)(a + r * stride + sums_at))[g]);
+        acc[r][0] = splat_i((int32_t)(0u - kZeroPoint<kFormat> * ((const uint32_t*)(a + r * stride + sums_at))[g]));
       acc[r][1] = acc[r][0];
     }
     if (ahead) {

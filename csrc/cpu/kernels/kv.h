@@ -14,6 +14,9 @@ struct Kv {
   static constexpr int kPair = kType == Dtype::BF16 ? 2 : 1;   // dims (keys) or tokens (values) side by side
 };
 
+// Bytes of one query value: bf16 beside a bf16 cache, else fp32.
+inline constexpr size_t query_bytes(Dtype cache) { return cache == Dtype::BF16 ? 2 : 4; }
+
 // The keys of one KV head in a block; its values follow run_bytes later.
 inline uint8_t* keys_at(const KvCache& c, int block, int layer, int head) {
   return c.base + (size_t)(block / kCluster) * c.cluster_bytes + (size_t)layer * c.layer_bytes +
@@ -42,7 +45,7 @@ inline void convert(void* out, const float* in, int n) {
 // Writes one token's key and value of one head: keys and values both go across the lanes' direction.
 template <Dtype kType>
 inline void write_head(uint8_t* keys, uint8_t* values, int token, int head_dim, const float* k, const float* v) {
-  alignas(64) uint8_t packed[1024];
+  alignas(64) uint8_t packed[4 * kMaxHeadDim];
   convert<kType>(packed, k, head_dim);
   if constexpr (kType == Dtype::F32) {
     for (int d = 0; d < head_dim; d++) ((float*)keys)[d * kBlock + token] = ((float*)packed)[d];
@@ -63,7 +66,7 @@ template <Dtype kType>
 inline void rope_query(const RopeKvArgs& a, const Step& s, int t, int h, uint8_t* out) {
   const int half = a.head_dim / 2;
   const size_t at = (size_t)s.positions[t] * half;
-  alignas(64) float rotated[256];
+  alignas(64) float rotated[kMaxHeadDim];
   rotate(rotated, (const float*)s.at(a.qkv, t) + h * a.head_dim, s.rope_cos + at, s.rope_sin + at, half);
   if constexpr (kType == Dtype::BF16) {
     convert<kType>(out, rotated, a.head_dim);
@@ -78,7 +81,7 @@ inline void rope_key_value(const RopeKvArgs& a, const Step& s, int t, int h) {
   const int dim = a.head_dim, half = dim / 2, position = s.positions[t];
   const size_t at = (size_t)position * half;
   const float* keys = (const float*)s.at(a.qkv, t) + (size_t)(a.heads + h) * dim;
-  alignas(64) float rotated[256];
+  alignas(64) float rotated[kMaxHeadDim];
   rotate(rotated, keys, s.rope_cos + at, s.rope_sin + at, half);
   int block = s.block_tables[s.request_of[t]][position / kBlock];
   uint8_t* at_block = keys_at(s.cache, block, a.layer, h);

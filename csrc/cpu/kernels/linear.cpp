@@ -22,7 +22,7 @@ inline void fetch_panel(const uint8_t* panel, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) prefetch(panel + i);
 }
 
-// R rows by one panel. `cold`: nobody has read the panel yet.
+// R rows by one panel. `cold`: this thread has not read the panel yet.
 template <Format kFormat, int R>
 inline __attribute__((always_inline)) void gemm(F32 (&out)[R][2], const PackedMatrix& w, const uint8_t* panel,
                                                 const uint8_t* x, size_t stride, bool cold) {
@@ -35,7 +35,7 @@ inline __attribute__((always_inline)) void gemm(F32 (&out)[R][2], const PackedMa
   }
 }
 
-// One register block: R rows from `row` by one panel, or by two with a gated epilogue. `cold`: the first to read it.
+// One register block: R rows from `row` by one panel, or by two with a gated epilogue. `cold`: this thread's first.
 template <Format kFormat, int R>
 __attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const uint8_t* x, int unit, int row, bool cold) {
   F32 acc[R][2];

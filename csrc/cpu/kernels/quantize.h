@@ -24,11 +24,11 @@ inline Q8Place q8_place(uint8_t* row, int k, int g) {
 template <int N>
 inline __attribute__((always_inline)) void store_q8(const F32* a, const F32* b, const Q8Place* at) {
   static_assert(N <= 8);
-  F32 top[8];
-  I32 total[8];
+  I32 top[8], total[8];
+  // Magnitudes are compared as integers, where NaN is the largest: one NaN makes its group's scale NaN.
 RL_UNROLL
-  for (int i = 0; i < 8; i++) top[i] = i < N ? max(abs(a[i]), abs(b[i])) : zero_f();
-  const F32 largest = reduce_max8(top);
+  for (int i = 0; i < 8; i++) top[i] = i < N ? max_i(bits(abs(a[i])), bits(abs(b[i]))) : zero_i();
+  const F32 largest = from_bits(reduce_max8(top));
   // A maximum of 0, or too small to invert, would give infinity, and infinity times 0 is no code.
   const F32 inverse = min(div(splat(127.0f), largest), splat(std::numeric_limits<float>::max()));
   alignas(64) float scales[16], inverses[16], scaled_sums[16];

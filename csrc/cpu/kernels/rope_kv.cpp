@@ -8,7 +8,7 @@ namespace {
 
 template <Dtype kType>
 void rope_token(const RopeKvArgs& a, const Step& s, int t) {
-  constexpr size_t kElement = kType == Dtype::BF16 ? 2 : 4;
+  constexpr size_t kElement = query_bytes(kType);
   uint8_t* q = s.at(a.q, t);
   for (int h = 0; h < a.heads; h++) rope_query<kType>(a, s, t, h, q + (size_t)h * a.head_dim * kElement);
   for (int h = 0; h < a.kv_heads; h++) rope_key_value<kType>(a, s, t, h);

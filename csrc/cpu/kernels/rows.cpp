@@ -53,8 +53,9 @@ void embed(const EmbedArgs& a, const Step& s, Worker& w) {
       const uint8_t* panel = a.table.data + (size_t)(id / kPanel) * a.table.panel_bytes;
       float* out = (float*)s.at(a.out, t);
       // One row lies scattered over its panel: ask for all of its lines before waiting for the first.
-      const size_t step = is_quantized(a.table.format) ? 64 : 128;
-      for (size_t i = 0; i < a.table.panel_bytes; i += step) prefetch(panel + i + (step == 128 ? id % kPanel * 4 : 0));
+      const bool wide = a.table.format == Format::F32 || a.table.format == Format::BF16;
+      const size_t step = wide ? 128 : 64;
+      for (size_t i = 0; i < a.table.panel_bytes; i += step) prefetch(panel + i + (wide ? id % kPanel * 4 : 0));
       for (int k = 0; k < a.table.k; k++) out[k] = weight_at(a.table, panel, id % kPanel, k);
     }
   });
