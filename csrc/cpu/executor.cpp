@@ -171,6 +171,13 @@ void Executor::plan_attention(const BatchView& b) {
   auto work = [&](const AttentionTask& t) {
     return (long)(t.token_end - t.token_begin) * (t.split >= 0 ? kChunk : b.positions[t.token_end - 1] + 1);
   };
+  const size_t claims = step_.attention.size() * (size_t)config_.kv_heads;
+  if (claims > claims_size_) {
+    claims_ = std::make_unique<std::atomic<uint32_t>[]>(claims);
+    claims_size_ = claims;
+    step_.attention_claims = claims_.get();
+  }
+  step_.first_claim += (uint32_t)config_.layers;
   std::stable_sort(step_.attention.begin(), step_.attention.end(),
                    [&](const AttentionTask& x, const AttentionTask& y) { return work(x) > work(y); });
 }

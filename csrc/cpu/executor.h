@@ -98,6 +98,8 @@ class Executor {
   Step step_;
   int rope_ready_ = 0, rope_capacity_ = 0, num_top_ = 0;
   std::unique_ptr<std::atomic<int32_t>[]> partial_counts_;
+  std::unique_ptr<std::atomic<uint32_t>[]> claims_;
+  size_t claims_size_ = 0;
   std::vector<int32_t> block_tables_, last_token_, token_ids_, positions_, request_of_, sample_rows_, slots_;
   std::vector<const int32_t*> tables_;
   std::vector<SamplingRow> sampling_;

@@ -56,6 +56,8 @@ struct Step {
   const int32_t* sample_rows = nullptr;     // [sampled]
   const int32_t* const* block_tables = nullptr;  // [requests]
   std::vector<AttentionTask> attention;
+  std::atomic<uint32_t>* attention_claims = nullptr;  // [attention][kv_heads]: the last operator that ran it
+  uint32_t first_claim = 0;                           // plus the layer: this operator's mark, new in every step
   KvCache cache;
   const float* rope_cos = nullptr;          // [positions][head_dim / 2]
   const float* rope_sin = nullptr;

@@ -160,3 +160,17 @@ def test_numbers_too_small_to_invert_still_quantize(isa: str) -> None:
     raw = NativeGraph(lone.graph_of(lone.outputs[0]), lone.graph.values, isa=isa, threads=1).run(single_request(4))
     got = decode(raw, "q8")
     assert isinstance(got, Q8) and np.abs(got.values()).max() < np.finfo(np.float32).tiny
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_one_nan_anywhere_makes_its_group_nan(isa: str) -> None:
+    """Numbers that are not must reach the logits, where the engine refuses them: codes alone would hide them."""
+    g = LoneGraph(32, 32)
+    overflow = np.full((32, 64), 1.0, np.float32)
+    np.fill_diagonal(overflow, 3e38)  # row t is infinite, then NaN, at column t
+    x = g.activation("overflow", overflow)
+    nan = g.mul(g.mul(x, x), g.activation("zero", np.zeros((32, 64), np.float32)))
+    (out,) = g.emit("quantize", [nan], {"to": "q8"})
+    raw = NativeGraph(g.build(logits=out), g.values, isa=isa, threads=1).run(single_request(32))
+    scales = np.ascontiguousarray(np.ascontiguousarray(raw).view(np.uint8)[:, 64:72]).view(np.float32)
+    assert np.isnan(scales[:, 0]).all() and (scales[:, 1] == 0).all()

@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kMaxRows = 8;      // rows of one register block
 constexpr int kStreamRows = 16;  // up to here reading the weights matters beside the arithmetic
-constexpr int kBandRows = 64;    // rows that make it worth reading the weights once more
 constexpr size_t kFetchAhead = 16384;
 
 // Starts to bring a panel into the cache. With 8-bit records a core asks for this many lines ahead of eight rows
@@ -107,23 +106,33 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
   const Block* blocks = blocks_of(a.w.format);
   const int rows = s.rows(a.rows), columns = a.epilogue == Epilogue::None ? kPanel : 2 * kPanel;
   const int units = (a.w.n + columns - 1) / columns;
-  // Each thread has a fixed rectangle, so that weights (few rows) or activations (many) stay in its caches from
-  // one operator or step to the next, even where cores share no cache.
+  // Six rows by a panel keep all accumulators in registers; for few rows, eight read the weights fewer times.
+  auto run = [&](int unit, int row_begin, int row_end, bool cold) {
+    const int count = row_end - row_begin, most = rows <= kStreamRows ? 8 : 6, parts = (count + most - 1) / most;
+    for (int b = 0; b < parts; b++) {  // parts differ by at most one row
+      int from = row_begin + count * b / parts, to = row_begin + count * (b + 1) / parts;
+      const uint8_t* x = s.at(a.x, rows == 1 && a.per_thread ? w.thread : from);
+      blocks[to - from](a, s, x, unit, from, cold && b == 0);
+    }
+  };
   const int threads = w.team.size();
-  int bands = std::clamp(rows / kBandRows, 1, threads);
+  if (w.team.has_blocks(rows)) {  // each thread computes its own rows and reads all the weights
+    for (int unit = 0; unit < units; unit++) {
+      bool cold = true;
+      w.team.own(w.thread, rows, [&](int begin, int end) {
+        run(unit, begin, end, cold);
+        cold = false;
+      });
+    }
+    return;
+  }
+  // Else each has a fixed rectangle, so that its weights stay in its caches from step to step.
+  int bands = std::clamp(rows / Team::kRowBlock, 1, threads);
   while (threads % bands) bands--;
   const int per_band = threads / bands, band = w.thread / per_band, place = w.thread % per_band;
   const int row_begin = (int)((long)rows * band / bands), row_end = (int)((long)rows * (band + 1) / bands);
   const int unit_begin = (int)((long)units * place / per_band), unit_end = (int)((long)units * (place + 1) / per_band);
-  // Six rows by a panel keep all accumulators in registers; for few rows, eight read the weights fewer times.
-  // Blocks differ by at most one row.
-  const int count = row_end - row_begin, most = count <= kStreamRows ? 8 : 6, parts = (count + most - 1) / most;
-  for (int unit = unit_begin; unit < unit_end; unit++)
-    for (int b = 0; b < parts; b++) {
-      int from = row_begin + count * b / parts, to = row_begin + count * (b + 1) / parts;
-      const uint8_t* x = s.at(a.x, rows == 1 && a.per_thread ? w.thread : from);
-      blocks[to - from](a, s, x, unit, from, b == 0);
-    }
+  for (int unit = unit_begin; unit < unit_end; unit++) run(unit, row_begin, row_end, true);
 }
 
 }  // namespace ridgeline::RL_ISA

@@ -47,7 +47,7 @@ float weight_at(const PackedMatrix& w, const uint8_t* panel, int column, int k) 
 }  // namespace
 
 void embed(const EmbedArgs& a, const Step& s, Worker& w) {
-  w.team.split(w.thread, s.tokens, [&](int begin, int end) {
+  w.team.own(w.thread, s.tokens, [&](int begin, int end) {
     for (int t = begin; t < end; t++) {
       int id = s.token_ids[t];
       const uint8_t* panel = a.table.data + (size_t)(id / kPanel) * a.table.panel_bytes;
@@ -96,14 +96,14 @@ void norm(const NormArgs& a, const Step& s, Worker& w) {
     row(0, w.thread == 0 && a.has_delta ? (float*)s.at(a.sum, 0) : spare, s.at(a.out, w.thread));
     return;
   }
-  w.team.split(w.thread, rows, [&](int begin, int end) {
+  w.team.own(w.thread, rows, [&](int begin, int end) {
     for (int r = begin; r < end; r++) row(r, a.has_delta ? (float*)s.at(a.sum, r) : nullptr, s.at(a.out, r));
   });
 }
 
 void quantize(const QuantizeArgs& a, const Step& s, Worker& w) {
   int rows = s.rows(a.rows);
-  w.team.split(w.thread, rows, [&](int begin, int end) {
+  w.team.own(w.thread, rows, [&](int begin, int end) {
     for (int r = begin; r < end; r++) store_row(a.out_dtype, s.at(a.out, r), a.k, (const float*)s.at(a.x, r));
   });
 }
@@ -118,7 +118,7 @@ void elementwise(const ElementwiseArgs& a, const Step& s, Worker& w) {
       default: return mul(silu(x), y);
     }
   };
-  w.team.split(w.thread, rows, [&](int begin, int end) {
+  w.team.own(w.thread, rows, [&](int begin, int end) {
     float* z = (float*)w.scratch;
     for (int r = begin; r < end; r++) {
       const float* x = (const float*)s.at(a.a, r);
@@ -138,14 +138,14 @@ void elementwise(const ElementwiseArgs& a, const Step& s, Worker& w) {
 }
 
 void select(const SelectArgs& a, const Step& s, Worker& w) {
-  w.team.split(w.thread, s.sampled, [&](int begin, int end) {
+  w.team.own(w.thread, s.sampled, [&](int begin, int end) {
     for (int r = begin; r < end; r++) std::memcpy(s.at(a.out, r), s.at(a.x, s.sample_rows[r]), a.row_bytes);
   });
 }
 
 void concat(const ConcatArgs& a, const Step& s, Worker& w) {
   int rows = s.rows(a.rows);
-  w.team.split(w.thread, rows, [&](int begin, int end) {
+  w.team.own(w.thread, rows, [&](int begin, int end) {
     for (int r = begin; r < end; r++) {
       float* out = (float*)s.at(a.out, r);
       for (int p = 0; p < a.count; p++) {
