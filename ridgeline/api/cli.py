@@ -22,7 +22,11 @@ def main() -> NoReturn:
         _leave(FAILURE)
     except RidgelineError as error:
         code = _complain(str(error), USAGE if isinstance(error, ConfigError) else FAILURE)
-    if code == INTERRUPTED:
+    except (OSError, UnicodeError, MemoryError, OverflowError) as error:  # the machine's, not a bug's: no traceback
+        code = _complain(str(error) or type(error).__name__, FAILURE)
+    if code == INTERRUPTED:  # a terminal shows ^C in the middle of the text
+        print("\ninterrupted" if sys.stderr.isatty() else "interrupted", file=sys.stderr)
+    if code:
         _leave(code)
     sys.exit(code)
 

@@ -62,8 +62,14 @@ def chat(
         if not question.strip():
             return
         messages.append({"role": "user", "content": question})
+        try:
+            deltas = llm.stream(messages, options)  # checked here: a history that has grown too long is refused
+        except RequestError as error:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            messages.pop()
+            continue
         answer = ""
-        for delta in llm.stream(messages, options):
+        for delta in deltas:
             sys.stdout.write(delta.text)
             sys.stdout.flush()
             answer += delta.text

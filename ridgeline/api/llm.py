@@ -67,11 +67,7 @@ class LLM:
         The model's own chat template is used; what a message says never becomes a control token.
         """
         _refuse("LLM.chat", unknown, ["messages", "sampling_params"])
-        if not messages:
-            raise RequestError("there are no messages: give at least one")
-        several = not isinstance(messages[0], Mapping)
-        conversations: Any = messages if several else [messages]
-        return self._run([(None, self._encode_chat(c)) for c in conversations], sampling_params)
+        return self._run([(None, self._encode_chat(c)) for c in _as_conversations(messages)], sampling_params)
 
     def stream(
         self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None, **unknown: Any
@@ -81,6 +77,10 @@ class LLM:
         The request is checked at once and starts with the first ``next``; closing the iterator drops it.
         """
         _refuse("LLM.stream", unknown, ["prompt", "sampling_params"])
+        if not isinstance(prompt, str) and not _is_list(prompt):
+            raise RequestError(
+                f"prompt must be a text, a list of token ids or a list of messages, got {type(prompt).__name__}"
+            )
         ids = self._encode_chat(prompt) if _is_chat(prompt) else self._encode(prompt)  # type: ignore[arg-type]
         request = self.runtime.engine.make_request(ids, _params_for(1, sampling_params)[0], stream=True)
         return self._deltas(request)
@@ -182,6 +182,26 @@ def _need_whole(request: Request) -> None:
         raise RidgelineError("the request was dropped because a step beside it failed: send it again")
 
 
+def _is_list(value: Any) -> bool:
+    """Whether a value can be a list of something: text, bytes, mappings and sets are not."""
+    wrong = (str, bytes, bytearray, memoryview, Mapping)
+    return (isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0) and not isinstance(value, wrong)
+
+
+def _as_conversations(messages: Any) -> list[Sequence[Message]]:
+    """One or several conversations as a list of conversations."""
+    what = 'a list of {"role": ..., "content": ...} messages, or a list of such lists'
+    if not _is_list(messages):
+        raise RequestError(f"messages must be {what}, got {type(messages).__name__}")
+    if len(messages) == 0:
+        raise RequestError("there are no messages: give at least one")
+    several = _is_list(messages[0])
+    for entry in messages:
+        if not (_is_list(entry) if several else isinstance(entry, Mapping)):
+            raise RequestError(f"messages must be {what}, got one of type {type(entry).__name__}")
+    return list(messages) if several else [messages]
+
+
 def _is_chat(prompt: Any) -> bool:
     return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
@@ -190,7 +210,7 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
     """One or several prompts as a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, Mapping) or not isinstance(prompts, Sequence) and not hasattr(prompts, "__array__"):
+    if not _is_list(prompts):
         raise RequestError(
             f"prompts must be a text, a list of token ids or a list of these, got {type(prompts).__name__}"
         )
@@ -198,7 +218,7 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
     if items and all(not isinstance(p, str) and not hasattr(p, "__len__") for p in items):
         return [items]
     for prompt in items:
-        if not isinstance(prompt, str) and (isinstance(prompt, Mapping) or not hasattr(prompt, "__len__")):
+        if not isinstance(prompt, str) and not _is_list(prompt):
             raise RequestError(f"a prompt must be a text or a list of token ids, got {type(prompt).__name__}")
     return items
 

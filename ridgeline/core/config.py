@@ -14,6 +14,8 @@ BACKENDS = ("cpu", "reference")
 ISAS = ("generic", "avx512")
 
 _DEFAULT_POOL_TOKENS = 2048  # per sequence, when the pool's size is left to us
+_MOST = 2**31 - 1  # what an int32 holds: the native parts count in those
+_MOST_THREADS = 1024
 _KV_CHUNK = 256  # attention's partial results cover this many tokens; a block must divide it
 
 
@@ -49,7 +51,7 @@ class EngineConfig:
                 raise ConfigError(unknown_argument("EngineConfig", name, list(known)))
         for name, default in known.items():
             object.__setattr__(self, name, values.get(name, default))
-        if self.isa is None:
+        if self.isa is None and self.backend != "reference":
             object.__setattr__(self, "isa", os.environ.get("RIDGELINE_ISA") or None)
         self._check()
 
@@ -58,14 +60,22 @@ class EngineConfig:
             raise ConfigError(f"model must be an alias or a path, got {self.model!r}")
         object.__setattr__(self, "model", os.fspath(self.model))
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            self._need_int(name, 1)
-        for name in ("threads", "max_model_len", "num_kv_blocks", "seed"):
+            self._need_int(name, 1, _MOST)
+        for name, least, most in (
+            ("threads", 1, _MOST_THREADS),
+            ("max_model_len", 1, _MOST),
+            ("num_kv_blocks", 1, _MOST),
+            ("seed", 0, 2**64 - 1),
+        ):
             if getattr(self, name) is not None:
-                self._need_int(name, 0 if name == "seed" else 1)
+                self._need_int(name, least, most)
         for f in fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
             if choices and value is not None and value not in choices:
                 raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+        for name in ("threads", "isa"):
+            if self.backend == "reference" and getattr(self, name) is not None:
+                raise ConfigError(f"the reference backend takes no {name}: leave it out, or use backend 'cpu'")
         if _KV_CHUNK % self.block_size:
             raise ConfigError(f"block_size must divide {_KV_CHUNK}, got {self.block_size}")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -74,10 +84,12 @@ class EngineConfig:
                 f"({self.max_num_seqs}): every running request decodes one token a step"
             )
 
-    def _need_int(self, name: str, least: int) -> None:
+    def _need_int(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if value > most:
+            raise ConfigError(f"{name} must be at most {most}, got {value}")
 
     def model_len(self, context_length: int) -> int:
         """Longest sequence in tokens, given the model's own ``context_length``; raises ConfigError above it."""
@@ -90,9 +102,15 @@ class EngineConfig:
         return self.max_model_len
 
     def pool_blocks(self, context_length: int) -> int:
-        """Blocks of a cache: what is asked for, or room for every sequence and for one at full length."""
+        """Blocks of a cache: what is asked for, or room for every sequence and for one at full length.
+
+        Raises ConfigError when that is more than can be counted.
+        """
         if self.num_kv_blocks is not None:
             return self.num_kv_blocks
         longest = self.model_len(context_length)
         each = -(-min(longest, _DEFAULT_POOL_TOKENS) // self.block_size)
-        return max(self.max_num_seqs * each, -(-longest // self.block_size))
+        blocks = max(self.max_num_seqs * each, -(-longest // self.block_size))
+        if blocks > _MOST:
+            raise ConfigError(f"max_num_seqs {self.max_num_seqs} asks for {blocks} KV blocks, above {_MOST}: lower it")
+        return blocks

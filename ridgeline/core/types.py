@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -39,8 +38,8 @@ class SamplingParams:
     Raises RequestError on construction for a value that cannot work.
 
     Attributes:
-        temperature: divides the logits; 0 means greedy.
-        top_k: keep the k most likely tokens (0 or -1: all).
+        temperature: divides the logits, at most 3.4e38 (a float32); 0 means greedy.
+        top_k: keep the k most likely tokens (0 or -1: all), below 2**31.
         top_p: keep the smallest set with at least this probability, in (0, 1].
         min_p: drop tokens below this share of the most likely one's probability, in [0, 1].
         max_tokens: most tokens to generate, at least 1.
@@ -69,9 +68,15 @@ class SamplingParams:
                 raise RequestError(unknown_argument("SamplingParams", name, list(known)))
         for name, default in known.items():
             object.__setattr__(self, name, values.get(name, default))
-        stop = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name, what in (("stop", "a string or a list of strings"), ("stop_token_ids", "a list of token ids")):
+            value = getattr(self, name)
+            if value is None:
+                value = ()
+            if not isinstance(value, Iterable) or isinstance(value, (str, bytes, bytearray, Mapping)):
+                raise RequestError(f"{name} must be {what}, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
         self._check()
 
     def _check(self) -> None:
@@ -80,17 +85,21 @@ class SamplingParams:
                 raise RequestError(f"{name} must be {what}, got {getattr(self, name)!r}")
 
         def real(value: object) -> bool:
-            return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+            return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
         def whole(value: object) -> bool:
             return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
         need(
-            real(self.temperature) and math.isfinite(self.temperature) and self.temperature >= 0,
+            real(self.temperature) and 0 <= self.temperature <= 3.4e38,
             "temperature",
-            "a number of at least 0 (0 is greedy)",
+            "a number of at least 0 (0 is greedy) and at most 3.4e38",
         )
-        need(whole(self.top_k) and self.top_k >= -1, "top_k", "an integer of at least -1 (-1 or 0: all)")
+        need(
+            whole(self.top_k) and -1 <= self.top_k < 2**31,
+            "top_k",
+            "an integer of at least -1 (-1 or 0: all) and below 2**31",
+        )
         need(real(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         need(real(self.min_p) and 0 <= self.min_p <= 1, "min_p", "from 0 to 1")
         need(whole(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "an integer of at least 1")
@@ -104,6 +113,7 @@ class SamplingParams:
             "logprobs",
             "an integer from 0 to 64",
         )
+        need(isinstance(self.ignore_eos, (bool, np.bool_)), "ignore_eos", "True or False")
         need(all(isinstance(s, str) and s for s in self.stop), "stop", "non-empty strings")
         need(all(whole(t) for t in self.stop_token_ids), "stop_token_ids", "token ids")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ridgeline.core.config import EngineConfig
-from ridgeline.core.errors import ConfigError
+from ridgeline.core.errors import ConfigError, ModelFileError, UnsupportedError
 from ridgeline.core.types import Executor
 from ridgeline.engine.engine import Engine, EngineLimits
 from ridgeline.engine.text import Detokenizer
@@ -46,15 +48,26 @@ class Runtime:
         if self._chat is None:
             from ridgeline.text.chat import ChatTemplate
 
-            self._chat = ChatTemplate.from_gguf(self.model.metadata)
+            with _naming(self.model.file.path):
+                self._chat = ChatTemplate.from_gguf(self.model.metadata)
         return self._chat
 
 
 def load_runtime(config: EngineConfig) -> Runtime:
     """Load ``config.model``: one thread packs its weights, in native code, while this one builds the tokenizer.
 
-    Raises ModelFileError, UnsupportedError or ConfigError.
+    Raises ModelFileError, UnsupportedError or ConfigError, the last also when there is not enough memory.
     """
+    try:
+        return _load(config)
+    except MemoryError:
+        raise ConfigError(
+            f"there is not enough memory for max_num_batched_tokens {config.max_num_batched_tokens}, max_num_seqs "
+            f"{config.max_num_seqs} and num_kv_blocks {config.num_kv_blocks or 'by default'}: lower one of them"
+        ) from None
+
+
+def _load(config: EngineConfig) -> Runtime:
     start = time.perf_counter()
     model = load_model(resolve(config.model))
     max_len = config.model_len(model.config.context_length)
@@ -62,8 +75,9 @@ def load_runtime(config: EngineConfig) -> Runtime:
     if num_blocks * config.block_size < 2:
         raise ConfigError("num_kv_blocks must hold at least 2 tokens: raise it or block_size")
     packing = _Background(lambda: _make_executor(config, model, max_len, num_blocks))
-    tokenizer, detokenizer = _make_tokenizer(model)
-    plan, executor = packing.result()
+    with _naming(model.file.path):
+        tokenizer, detokenizer = _make_tokenizer(model)
+        plan, executor = packing.result()
     limits = EngineLimits(
         max_requests=config.max_num_seqs,
         max_tokens=config.max_num_batched_tokens,
@@ -74,6 +88,15 @@ def load_runtime(config: EngineConfig) -> Runtime:
     )
     engine = Engine(executor, limits, eos_ids=tokenizer.eos_ids, detokenizer=detokenizer, seed=config.seed)
     return Runtime(config, model, plan, executor, tokenizer, engine, time.perf_counter() - start)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the file's contents say which file it is."""
+    try:
+        yield
+    except (ModelFileError, UnsupportedError) as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 def _make_tokenizer(model: Model) -> tuple[Tokenizer, Callable[[], Detokenizer]]:

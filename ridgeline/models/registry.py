@@ -51,7 +51,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """The file of an alias or path.
 
     Raises ModelFileError when an alias's package is not installed, saying how to install it, or when
-    there is no such file.
+    there is no such file or it cannot be reached.
     """
     path = Path(name_or_path)
     alias = ALIASES.get(str(name_or_path))
@@ -62,8 +62,12 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
         if not found:
             raise ModelFileError(f"model {name_or_path!r} is not installed; install it with: {alias.install}")
         return found[0]
-    if path.is_dir():
+    try:
+        is_dir, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise ModelFileError(f"{path}: {error.strerror or error}") from None
+    if is_dir:
         raise ModelFileError(f"{path} is a directory; name the .gguf file in it")
-    if not path.is_file():
+    if not is_file:
         raise ModelFileError(f"no model file {path} (aliases: {', '.join(sorted(ALIASES))})")
     return path

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
+from ridgeline.core.config import EngineConfig
 from ridgeline.core.errors import ConfigError, RidgelineError
 from ridgeline.core.hardware import Peaks
 from ridgeline.core.types import SamplingParams
@@ -117,9 +118,25 @@ def _check_sizes(runtime: Runtime, prompt: int, generate: int, batches: Sequence
         raise ConfigError("bench needs lengths of at least 0, at least 1 repetition and batches of at least 1")
     if max(batches) > limits.max_requests:
         raise ConfigError(f"a batch of {max(batches)} needs --max-num-seqs {max(batches)} (now {limits.max_requests})")
-    if max(prompt, DEPTH + generate) >= limits.max_len:
+    if prompt:
+        _need_room(runtime, 1, prompt + 1, "-p")
+    for batch in batches if generate else ():
+        _need_room(runtime, batch, DEPTH + _decode_tokens(runtime, generate, batch), "-n or -b")
+
+
+def _need_room(runtime: Runtime, batch: int, tokens: int, flags: str) -> None:
+    """Raise ConfigError unless ``batch`` sequences of ``tokens`` fit at once, warm-up steps included."""
+    limits = runtime.engine.limits
+    if tokens > limits.max_len:
         raise ConfigError(
-            f"{prompt} prompt or {DEPTH} + {generate} decoded tokens exceed the context of {limits.max_len}"
+            f"a test takes sequences of {tokens} tokens and the context is {limits.max_len}: "
+            f"lower {flags}, or raise --max-model-len if the model allows it"
+        )
+    blocks = batch * -(-tokens // limits.block_size)
+    if blocks > min(limits.num_blocks):
+        raise ConfigError(
+            f"a test takes {blocks} blocks of KV cache and there are {min(limits.num_blocks)}: "
+            f"lower {flags}, or give --num-kv-blocks {blocks}"
         )
 
 
@@ -151,11 +168,13 @@ def _decode(runtime: Runtime, generate: int, batch: int, repetitions: int) -> tu
     loads: list[Load] = []
     for repetition in range(repetitions + 1):
         requests = _start(runtime, generate, batch, repetition)
-        loads = []
+        before = [len(r.output_ids) for r in requests]
         start = time.perf_counter()
         for _ in range(generate):
             engine.step()
         seconds.append(time.perf_counter() - start)
+        if any(len(r.output_ids) != n + generate for r, n in zip(requests, before, strict=True)):
+            raise RidgelineError(f"not every one of {batch} requests decoded {generate} tokens: the time means nothing")
         # Cost is linear in the context, so the middle of the run stands for all its steps.
         middle = [(r.num_computed - generate // 2 - 1, 1) for r in requests]
         loads = [Load.of(middle)] * generate
@@ -167,13 +186,18 @@ def _decode(runtime: Runtime, generate: int, batch: int, repetitions: int) -> tu
 def _start(runtime: Runtime, generate: int, batch: int, repetition: int) -> list[Request]:
     """``batch`` requests that have read DEPTH tokens each and now only decode."""
     engine = runtime.engine
-    steps = -(-batch * DEPTH // max(1, engine.limits.max_tokens - batch)) + 1  # some decode while others read
-    params = _greedy(min(generate + steps + 1, engine.limits.max_len - DEPTH))
+    params = _greedy(_decode_tokens(runtime, generate, batch))
     requests = [engine.make_request(_prompt(runtime, DEPTH, repetition * batch + i), params) for i in range(batch)]
     engine.submit(requests)
     while any(not r.output_ids for r in requests):
         engine.step()
     return requests
+
+
+def _decode_tokens(runtime: Runtime, generate: int, batch: int) -> int:
+    """Tokens a request may need: the timed ones, and those it decodes while others still read their prompts."""
+    reading = -(-batch * DEPTH // max(1, runtime.engine.limits.max_tokens - batch)) + 1
+    return generate + reading + 1
 
 
 def _greedy(max_tokens: int) -> SamplingParams:
@@ -212,19 +236,21 @@ _SIXTEEN_TOKENS = "The quick brown fox jumps over the lazy dog and then it runs 
 
 def _fresh_process(runtime: Runtime, repetitions: int) -> tuple[float, float]:
     """Seconds from process start to the first token of a 16-token prompt (median after a warm-up), and the
-    peak memory in MB (1e6 bytes) of one that fills a cache of 512 tokens."""
+    peak memory in MB (1e6 bytes) of one that fills a cache of 512 tokens (or of as many as there can be)."""
     starts = [_child(runtime, _SIXTEEN_TOKENS, 1)[0] for _ in range(repetitions + 1)][1:]
-    long = " the" * 383
-    return statistics.median(starts), _child(runtime, long, 128)[1]
+    limits, tokenizer = runtime.engine.limits, runtime.tokenizer
+    length = min(512, limits.max_len, min(limits.num_blocks) * limits.block_size) - 1  # and one token of output
+    words = length
+    while words > 1 and len(tokenizer.encode(" the" * words)) > length:
+        words -= 1
+    # One token alone: from the second on, the closing line measures bandwidth, in a buffer of its own.
+    return statistics.median(starts), _child(runtime, " the" * words, 1)[1]
 
 
 def _child(runtime: Runtime, prompt: str, number: int) -> tuple[float, float]:
     command = [sys.executable, "-c", _CHILD, "run", runtime.config.model, "-p", prompt, "-n", str(number)]
     command += ["--ignore-eos", "--temperature", "0"]
-    if runtime.config.threads is not None:
-        command += ["--threads", str(runtime.config.threads)]
-    if runtime.config.isa is not None:
-        command += ["--isa", runtime.config.isa]
+    command += _flags(runtime.config)
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -235,3 +261,9 @@ def _child(runtime: Runtime, prompt: str, number: int) -> tuple[float, float]:
     if process.returncode:
         raise RidgelineError(f"a fresh process failed with code {process.returncode}: {messages.strip()}")
     return first, int(messages.rpartition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+
+
+def _flags(config: EngineConfig) -> list[str]:
+    """The command-line flags that make a configuration, but for its model."""
+    changed = [(f.name, getattr(config, f.name)) for f in fields(config) if getattr(config, f.name) != f.default]
+    return [word for name, value in changed if name != "model" for word in (f"--{name.replace('_', '-')}", str(value))]

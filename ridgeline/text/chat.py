@@ -88,7 +88,9 @@ class ChatTemplate:
         ids: list[int] = []
         for piece in tokenizer.split_control(text):
             ids += tokenizer.encode_plain(swap.show(piece)) if isinstance(piece, str) else (piece,)
-        return tokenizer.wrap(ids)
+        # The begin token alone: the conversation goes on, so no end token follows it.
+        begin = tokenizer.bos_id if tokenizer.add_bos else None
+        return ids if begin is None or ids[:1] == [begin] else [begin, *ids]
 
     def _render(self, context: Mapping[str, Any]) -> str:
         pieces: list[str] = []

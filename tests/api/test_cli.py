@@ -18,7 +18,8 @@ COMMAND = [sys.executable, "-m", "ridgeline"]
 
 def ridgeline(*args: str, **options: str) -> subprocess.CompletedProcess[str]:
     """The result of one command; ``options`` are environment variables."""
-    return subprocess.run([*COMMAND, *args], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **options})
+    env = {**os.environ, **options}
+    return subprocess.run([*COMMAND, *args], cwd=ROOT, capture_output=True, text=True, env=env, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_a_missing_or_broken_file_is_one_line_and_code_1(tmp_path: Path) -> None
     broken.write_bytes(b"GGUF" + bytes(20))
     empty = tmp_path / "empty.gguf"
     empty.write_bytes(b"")
-    for path in (tmp_path / "none.gguf", broken, empty, tmp_path):
+    for path in (tmp_path / "none.gguf", broken, empty, tmp_path, tmp_path / ("long" * 100)):
         result = ridgeline("run", str(path), "-p", "x")
         assert result.returncode == 1
         assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
@@ -88,14 +89,20 @@ def test_a_prompt_beyond_the_context_is_code_1(smollm2_path: Path) -> None:
     assert re.fullmatch(r"error: the prompt has \d+ tokens and the context is 32: [^\n]+\n", result.stderr)
 
 
+def _heed_interrupts() -> None:
+    """What a parent ignores, its children ignore too: a shell's background jobs, for one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_in_the_middle_of_generation_is_code_130(smollm2_path: Path) -> None:
     command = [*COMMAND, "run", "smollm2", "-p", "Once", "-n", "8000", "--ignore-eos"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, preexec_fn=_heed_interrupts) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.read(1)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
-        assert b"Traceback" not in process.stderr.read()
+        assert process.stderr.read() == b"interrupted\n"
 
 
 def test_chat_answers_each_line_with_what_was_said_before(smollm2_path: Path) -> None:
@@ -105,9 +112,39 @@ def test_chat_answers_each_line_with_what_was_said_before(smollm2_path: Path) ->
         input="What is the capital of France?\nAnd of Italy?\n",
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout and "Rome" in result.stdout
+
+
+def test_chat_goes_on_after_a_message_that_does_not_fit(smollm2_path: Path) -> None:
+    result = subprocess.run(
+        [*COMMAND, "chat", "smollm2", "-n", "6", "--temperature", "0", "--max-model-len", "80"],
+        cwd=ROOT,
+        input="word " * 90 + "\nWhat is the capital of France?\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0
+    assert re.fullmatch(r"error: the prompt has \d+ tokens and the context is 80: [^\n]+\n", result.stderr)
+    assert "Paris" in result.stdout
+
+
+def test_output_that_cannot_be_written_is_one_line_and_code_1(smollm2_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [*COMMAND, "--version"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: [^\n]*No space left[^\n]*\n", result.stderr), result.stderr
+
+
+def test_more_memory_than_there_is_is_a_usage_error(smollm2_path: Path) -> None:
+    result = ridgeline("run", "smollm2", "-p", "x", "--num-kv-blocks", str(2**31 - 1))
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: there is not enough memory [^\n]+num_kv_blocks 2147483647[^\n]+\n", result.stderr)
 
 
 def test_bench_prints_a_table_and_one_line_of_json(smollm2_path: Path) -> None:
@@ -117,7 +154,8 @@ def test_bench_prints_a_table_and_one_line_of_json(smollm2_path: Path) -> None:
     report = json.loads(last)
     assert report["pp_tok_s"] > 0 and set(report["tg_tok_s"]) == {"1", "2"}
     assert all(report[key] > 0 for key in ("load_s", "first_token_s", "peak_rss_mb"))
-    assert all(0 < test["roofline_share"] < 1.2 for test in report["tests"].values())
+    assert report["peak_rss_mb"] < smollm2_path.stat().st_size / 1e6 + 150
+    assert all(0 < test["roofline_share"] for test in report["tests"].values())
     rows = [line for line in table if "pp32" in line or "tg4" in line]
     assert len(rows) == 3 and all("±" in row and "%" in row for row in rows)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import ridgeline
@@ -156,6 +157,44 @@ def test_one_bad_prompt_stops_all_before_anything_runs(llm: LLM) -> None:
             llm.generate(wrong, SEEDED)  # type: ignore[arg-type]
 
 
+def test_what_is_no_prompt_and_no_conversation_is_refused(llm: LLM) -> None:
+    message = {"role": "user", "content": "hi"}
+    for wrong in (message, "hi", b"hi", 3, None, [None], ["hi"], [message, None], [[message], None], [[message], "hi"]):
+        with pytest.raises(RequestError, match="messages must be a list"):
+            llm.chat(wrong, SEEDED)  # type: ignore[arg-type]
+    for wrong in (message, 3, None, b"hi", {1, 2}):
+        with pytest.raises(RequestError, match="prompt must be a text"):
+            llm.stream(wrong, SEEDED)  # type: ignore[arg-type]
+    for wrong in (b"hi", bytearray(b"hi"), [b"hi"], None):
+        with pytest.raises(RequestError, match="must be a text"):
+            llm.generate(wrong, SEEDED)  # type: ignore[arg-type]
+    assert not llm.runtime.engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("temperature", [-1, 1e39, 10**400, float("nan"), float("inf"), "hot", 1j, True]),
+        ("top_k", [-2, 2**31, 1.5]),
+        ("stop", [3, b"x", ["ok", 3], [""], {"a": 1}]),
+        ("stop_token_ids", [3, "12", [1.5], [[1]], {1: 2}]),
+        ("ignore_eos", ["yes", 1, None]),
+    ],
+)
+def test_sampling_parameters_that_cannot_work(name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(RequestError, match=f"^{name} must be"):
+            SamplingParams(**{name: value})
+
+
+def test_sampling_parameters_of_other_types_that_can() -> None:
+    params = SamplingParams(
+        temperature=np.float32(0.5), top_k=np.int64(3), stop=["a"], stop_token_ids=np.array([4, 5]), ignore_eos=True
+    )
+    assert params.stop == ("a",) and params.stop_token_ids == (4, 5)
+    assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
+
+
 def test_interrupt_in_the_middle_leaves_a_usable_llm(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     executor: Any = llm.runtime.engine._executor
     executor.error, executor.fail_at = KeyboardInterrupt(), executor.steps + 3
@@ -198,6 +237,12 @@ def test_public_names_come_when_asked_for() -> None:
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "at least max_num_seqs"),
         ({"model": ""}, "model must be"),
         ({"isa": "mmx"}, "isa must be one of"),
+        ({"threads": 1025}, "threads must be at most 1024"),
+        ({"num_kv_blocks": 2**31}, "num_kv_blocks must be at most"),
+        ({"max_num_batched_tokens": 2**63}, "max_num_batched_tokens must be at most"),
+        ({"seed": 2**64}, "seed must be at most"),
+        ({"backend": "reference", "threads": 2}, "the reference backend takes no threads"),
+        ({"backend": "reference", "isa": "generic"}, "the reference backend takes no isa"),
     ],
 )
 def test_options_that_cannot_work(values: dict[str, Any], message: str) -> None:
@@ -214,11 +259,14 @@ def test_pool_and_context_sizes() -> None:
     assert EngineConfig(num_kv_blocks=9).pool_blocks(8192) == 9
     with pytest.raises(ConfigError, match="context is 512"):
         EngineConfig(max_model_len=513).model_len(512)
+    with pytest.raises(ConfigError, match="KV blocks, above"):
+        EngineConfig(max_num_seqs=2**30, max_num_batched_tokens=2**30).pool_blocks(8192)
 
 
 def test_isa_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RIDGELINE_ISA", "generic")
     assert EngineConfig().isa == "generic"
     assert EngineConfig(isa="avx512").isa == "avx512"
+    assert EngineConfig(backend="reference").isa is None
     monkeypatch.delenv("RIDGELINE_ISA")
     assert EngineConfig().isa is None

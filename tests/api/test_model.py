@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ridgeline import LLM, RequestError, SamplingParams
+from ridgeline.core.errors import ModelFileError, UnsupportedError
+from ridgeline.models.load import Model, load_model
 
 PROMPTS = ["The capital of France is", "2, 4, 6, 8,", "Once upon a time there was a " * 12, "A"]
 PARAMS = [
@@ -63,3 +66,38 @@ def test_a_prompt_beyond_the_context_is_refused_before_anything_runs(llm: LLM) -
     with pytest.raises(RequestError, match="context is 8192"):
         llm.generate(["short", "word " * 8200], PARAMS[0])
     assert not llm.runtime.engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer.ggml.model": "bert"}, "'bert' is not supported"),
+        ({"tokenizer.ggml.pre": "no such"}, "no such"),
+    ],
+)
+def test_what_is_wrong_with_a_tokenizer_names_the_file_once(
+    smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str
+) -> None:
+    def changed(path: Path) -> Model:
+        model = load_model(path)
+        return replace(model, metadata={**model.metadata, **changes})
+
+    monkeypatch.setattr("ridgeline.engine.load.load_model", changed)
+    with pytest.raises(UnsupportedError, match=message) as caught:
+        LLM(str(smollm2_path))
+    assert str(caught.value).count(str(smollm2_path)) == 1
+
+
+def test_what_is_wrong_with_a_weight_names_the_file_once(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(path: Path) -> Model:
+        model = load_model(path)
+        weight = next(w for w in model.weights.values() if w.tensor.name == "blk.3.ffn_up.weight")
+        data = weight.tensor.data.copy()
+        data[:2] = 0xFF  # the first group's float16 scale: NaN
+        bad = replace(weight, tensor=replace(weight.tensor, data=data))
+        return replace(model, weights={name: bad if w is weight else w for name, w in model.weights.items()})
+
+    monkeypatch.setattr("ridgeline.engine.load.load_model", damaged)
+    with pytest.raises(ModelFileError, match="blk.3.ffn_up.weight.*NaN") as caught:
+        LLM(str(smollm2_path))
+    assert str(caught.value).count(str(smollm2_path)) == 1

@@ -229,6 +229,14 @@ def test_begin_token_is_not_doubled() -> None:
     assert ChatTemplate("a").encode(HELLO, tokenizer)[0] == bos
 
 
+def test_no_end_token_follows_the_generation_prompt() -> None:
+    flags = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+    tokenizer = Tokenizer.from_gguf(byte_level(**flags))
+    ids = ChatTemplate("a").encode(HELLO, tokenizer)
+    assert ids == [tokenizer.bos_id, *tokenizer.encode_plain("a")]
+    assert tokenizer.encode("a") == [*ids, tokenizer.eos_id]
+
+
 def test_variables_reach_the_template() -> None:
     template = ChatTemplate(
         "{% if enable_thinking %}yes {{ tools[0].name }}{% endif %}{{ strftime_now('%Y') | length }}"

@@ -94,6 +94,8 @@ class CpuExecutor:
             self.native = _native.Executor(config)
         except ValueError as error:
             raise UnsupportedError(str(error)) from None
+        except RuntimeError as error:
+            raise ConfigError(f"cannot start {threads or 'the'} threads ({error}): lower threads") from None
         self.isa, self.threads = self.native.isa, self.native.threads
         lowering = Lowering(plan, self.native, self._pack_all(plan, weights, packed), weights)
         lowering.run()

@@ -1,0 +1,58 @@
+"""The benchmark refuses what cannot be measured, and never times requests that stood still."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ridgeline.core.config import EngineConfig
+from ridgeline.core.errors import ConfigError, RidgelineError
+from ridgeline.core.hardware import Peaks
+from ridgeline.engine.engine import Engine, EngineLimits
+from ridgeline.perf import bench
+from tests.control.sim import SimExecutor
+
+
+def runtime(engine_type: type[Engine] = Engine, max_len: int = 512, blocks: int = 128) -> Any:
+    """A runtime over the simulated executor, 4 requests and 64 tokens a step."""
+    limits = EngineLimits(4, 64, max_len, 128, 4, [blocks])
+    return SimpleNamespace(
+        engine=engine_type(SimExecutor(limits), limits), config=EngineConfig(max_num_seqs=4, max_num_batched_tokens=64)
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "generate", "batches", "limits", "message"),
+    [
+        (0, 8, [8], {}, "a batch of 8 needs --max-num-seqs 8"),
+        (512, 0, [1], {}, "513 tokens and the context is 512: lower -p"),
+        (0, 380, [1], {}, "513 tokens and the context is 512: lower -n or -b"),  # 128 + 380, 4 to read, 1
+        (511, 0, [1], {"blocks": 127}, "128 blocks of KV cache and there are 127: lower -p, or give --num-kv-blocks"),
+        (0, 8, [1, 4], {}, "148 blocks of KV cache and there are 128"),
+        (-1, 8, [1], {}, "lengths of at least 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(
+    prompt: int, generate: int, batches: list[int], limits: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench.run_bench(runtime(**limits), prompt, generate, batches, 1, fresh=False)
+
+
+def test_a_request_that_stands_still_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Still(Engine):
+        def step(self) -> None:
+            if self._waiting or self._prefilling:
+                super().step()
+
+    monkeypatch.setattr(bench, "measure_peaks", lambda *args: Peaks(1.0, 1.0, 1.0, 1.0))
+    with pytest.raises(RidgelineError, match="not every one of 2 requests decoded 8 tokens"):
+        bench.run_bench(runtime(Still), 0, 8, [2], 1, fresh=False)
+
+
+def test_a_fresh_process_gets_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RIDGELINE_ISA", raising=False)
+    config = EngineConfig(model="x", kv_dtype="f32", max_model_len=99, threads=1, max_num_seqs=32)
+    assert bench._flags(config) == ["--threads", "1", "--kv-dtype", "f32", "--max-model-len", "99"]
