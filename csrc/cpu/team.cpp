@@ -83,8 +83,8 @@ void Team::dismiss() {
 void Team::work(int thread) {
   uint32_t seen = 0;
   for (;;) {
-    // About 100 microseconds cover the caller's work between two steps; then sleep.
-    auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+    // Half a millisecond covers the caller's work between two steps, a stream's included; then sleep.
+    auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(500);
     while (epoch_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
       for (int i = 0; i < 16; i++) relax();
     if (epoch_.load(std::memory_order_acquire) == seen) {
