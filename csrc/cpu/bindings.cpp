@@ -201,6 +201,7 @@ void bind_ops(py::class_<Executor>& c) {
     LinearArgs a{buffer_of(x),     buffer_of(out), w, silu_mul ? Epilogue::SiluMul : Epilogue::None, per_thread,
                  stored_dtype(dtype_of(dtype)), rows_of(rows)};
     if (!silu_mul && a.out_dtype != Dtype::F32) throw std::invalid_argument("a linear alone stores fp32");
+    a.next_layer = e.attention_layers < e.config().layers ? e.attention_layers : -1;
     if (silu_mul && w.n % 32) throw std::invalid_argument("a gated linear needs whole pairs of tiles");
     if (a.out_dtype == Dtype::Q8 && w.n % 64) throw std::invalid_argument("a q8 output needs whole groups of 32");
     e.add_op(name, [a, f = e.kernels().linear](const Step& s, Worker& k) { f(a, s, k); });
@@ -211,6 +212,7 @@ void bind_ops(py::class_<Executor>& c) {
   });
   c.def("add_attention", [](Executor& e, const std::string& name, Place qkv, Place q, Place out, int layer,
                             float scale, const std::string& dtype) {
+    e.attention_layers = layer + 1;
     AttentionArgs a{rope_of(e, qkv, q, layer), buffer_of(out), scale, stored_dtype(dtype_of(dtype))};
     if (a.out_dtype == Dtype::Q8 && a.rope.head_dim % kGroup)
       throw std::invalid_argument("attention cannot quantize heads of " + std::to_string(a.rope.head_dim));

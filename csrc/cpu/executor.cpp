@@ -209,6 +209,7 @@ void Executor::launch(const BatchView& b) {
   step_.sampled = b.sampled;
   step_.requests = b.requests;
   step_.one_each = b.tokens == b.requests;
+  list_read_blocks(b);
   step_.token_ids = token_ids_.data();
   step_.positions = positions_.data();
   step_.request_of = request_of_.data();
@@ -219,6 +220,20 @@ void Executor::launch(const BatchView& b) {
   top_ids_.assign((size_t)b.sampled * num_top_, -1);
   top_logprobs_.assign((size_t)b.sampled * num_top_, NAN);
   run_ops();
+}
+
+void Executor::list_read_blocks(const BatchView& b) {
+  step_.kv_heads = config_.kv_heads;
+  step_.read_blocks.clear();
+  step_.read_starts.assign(1, 0);
+  for (int r = 0; step_.one_each && r < b.requests; r++) {
+    for (int i = 0; i <= (b.context_lens[r] - 1) / kBlock; i++) {
+      const int block = tables_[(size_t)r][i];
+      step_.read_blocks.push_back(step_.cache.base + (size_t)(block / kCluster) * step_.cache.cluster_bytes +
+                                  (size_t)(block % kCluster) * (step_.cache.run_bytes / kCluster));
+    }
+    step_.read_starts.push_back((int32_t)step_.read_blocks.size());
+  }
 }
 
 void Executor::run_ops() {

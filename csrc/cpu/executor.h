@@ -47,6 +47,8 @@ class Executor {
   void add_op(std::string name, std::function<void(const Step&, Worker&)> run, BarrierFree free = BarrierFree::Never);
   const Kernels& kernels() const { return *kernels_; }
   const ExecutorConfig& config() const { return config_; }
+  // Layers whose attention has been added so far: the next linear is followed by this one's.
+  int attention_layers = 0;
   void set_logits(Buffer logits) { logits_ = logits; }
 
   // Runs one step and samples its unflagged rows. Throws std::invalid_argument on a malformed batch, before anything
@@ -74,6 +76,7 @@ class Executor {
   void update_block_tables(const BatchView& batch);
   void plan_attention(const BatchView& batch);
   void extend_rope(int positions);
+  void list_read_blocks(const BatchView& batch);
   void run_ops();
   void remember_tokens();
   void sample_row(int row, const uint32_t* mask, int thread);

@@ -59,6 +59,9 @@ struct Step {
   std::atomic<uint32_t>* attention_claims = nullptr;  // [attention][kv_heads]: the last operator that ran it
   uint32_t first_claim = 0;                           // plus the layer: this operator's mark, new in every step
   KvCache cache;
+  int kv_heads = 0;
+  std::vector<const uint8_t*> read_blocks;  // layer 0 of the blocks a step of decodes reads, by request
+  std::vector<int32_t> read_starts;         // [requests + 1]: each request's part of read_blocks
   const float* rope_cos = nullptr;          // [positions][head_dim / 2]
   const float* rope_sin = nullptr;
   float* partials = nullptr;                // split attention: results waiting to be merged
@@ -73,6 +76,7 @@ struct Worker {
   int thread;
   int shares;        // calls of Team::share in this step
   uint8_t* scratch;  // this thread's own, at least kScratchBytes
+  int fetch_layer = -1, fetched = 0;  // the layer whose cache is being fetched, and how many blocks' parts are
 };
 inline constexpr size_t kScratchBytes = 1 << 20;
 
@@ -104,6 +108,7 @@ struct LinearArgs {
   bool per_thread = false;  // a single row of x is read from row t by thread t
   Dtype out_dtype = Dtype::F32;
   Rows rows = Rows::Tokens;
+  int32_t next_layer = -1;  // whose cache the next attention reads, or -1
 };
 struct RopeKvArgs {
   Buffer qkv, q;

@@ -64,19 +64,6 @@ class Team {
     }
   }
 
-  // The same one at a time, with the index this thread will have next, so that it can fetch ahead, or -1. Indices
-  // are reserved only while there are plenty: near the end each goes to whoever is free.
-  template <class F>
-  void share_ahead(int call, int count, F&& body) {
-    std::atomic<int>& next = open(call);
-    auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
-    for (int i = take(); i < count;) {
-      int after = i + 3 * size_ < count ? take() : -1;
-      body(i, after < count ? after : -1);
-      i = after >= 0 ? after : take();
-    }
-  }
-
  private:
   // The cursor of a call. Nobody reads the next call's yet, and everyone will have passed a barrier before.
   std::atomic<int>& open(int call) {

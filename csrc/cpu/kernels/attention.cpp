@@ -358,22 +358,21 @@ void attention(const AttentionArgs& a, const Step& s, Worker& w) {
   auto task = [&](int i) {
     return Task{a, s, s.attention[(size_t)(i / kv_heads)], x, i % kv_heads, a.rope.heads / kv_heads};
   };
-  if (w.team.has_blocks(s.tokens)) {  // a prompt: a thread's own rows first, then what others have left
-    const uint32_t mark = s.first_claim + (uint32_t)a.rope.layer;
-    auto run = [&](int i) {
-      if (s.attention_claims[i].exchange(mark, std::memory_order_relaxed) != mark) task(i).run(nullptr);
-    };
-    for (int i = 0; i < count; i++)
-      if (w.team.owner(s.attention[(size_t)(i / kv_heads)].token_begin, s.tokens) == w.thread) run(i);
-    for (int i = 0; i < count; i++)
-      if (s.attention_claims[i].load(std::memory_order_relaxed) != mark) run(i);
-    return;
-  }
-  w.team.share_ahead(w.shares++, count, [&](int i, int next) {
-    if (next < 0) return task(i).run(nullptr);
+  const uint32_t mark = s.first_claim + (uint32_t)a.rope.layer;
+  auto run = [&](int i, int next) {
+    if (s.attention_claims[i].exchange(mark, std::memory_order_relaxed) == mark) return;
+    if (next == count) return task(i).run(nullptr);
     Task after = task(next);
     task(i).run(&after);
-  });
+  };
+  auto next_own = [&](int i) {
+    while (i < count && w.team.owner(s.attention[(size_t)(i / kv_heads)].token_begin, s.tokens) != w.thread) i++;
+    return i;
+  };
+  // A thread's own tokens first, whose queries and cache it has at hand; then what others have left, from the end.
+  for (int i = next_own(0), next; i < count; i = next) run(i, next = next_own(i + 1));
+  for (int i = count - 1; i >= 0; i--)
+    if (s.attention_claims[i].load(std::memory_order_relaxed) != mark) run(i, count);
 }
 
 }  // namespace ridgeline::RL_ISA

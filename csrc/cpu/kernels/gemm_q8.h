@@ -38,11 +38,14 @@ RL_UNROLL
   }
 }
 
+inline constexpr int kLinesPerGroup = 4;  // fetched from `elsewhere`
+
 // out[r] = row r of `a` (q8 rows, `stride` bytes apart) times a panel. Meanwhile what lies `ahead` bytes
-// further on is fetched into the cache, if ahead is not 0.
+// further on is fetched into the cache, if ahead is not 0, or memory from `elsewhere`, if that is not null.
 template <Format kFormat, int R>
 inline __attribute__((always_inline)) void gemm_q8(F32 (&out)[R][2], int k, const uint8_t* panel, const int8_t* a,
-                                                   size_t stride, size_t ahead) {
+                                                   size_t stride, size_t ahead,
+                                                   const uint8_t* elsewhere) {
   constexpr int kRecord = record_bytes(kFormat), kCodes = code_bytes(kFormat);
   const int8_t* rows[R];
 RL_UNROLL
@@ -63,6 +66,11 @@ RL_UNROLL
     if (ahead) {
 RL_UNROLL
       for (int line = 0; line < kRecord; line += 64) prefetch(panel + ahead + line);
+    }
+    if (elsewhere) {
+RL_UNROLL
+      for (int line = 0; line < kLinesPerGroup; line++) prefetch(elsewhere + 64 * line);
+      elsewhere += 64 * kLinesPerGroup;
     }
     dot_group<kFormat, R>(acc, panel, rows);
     const F32 scale[2] = {load_f16(panel + kCodes), load_f16(panel + kCodes + 32)};

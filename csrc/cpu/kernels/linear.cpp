@@ -21,14 +21,46 @@ inline void fetch_panel(const uint8_t* panel, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) prefetch(panel + i);
 }
 
-// R rows by one panel. `cold`: this thread has not read the panel yet.
+// Hands out, piece by piece, the cache that this thread's next attention tasks read. Enough rows keep a product busy
+// with arithmetic while memory is idle; attention, the other way round, waits for memory.
+class CacheAhead {
+ public:
+  CacheAhead(const LinearArgs& a, const Step& s, Worker& w) : a_(a), s_(s), w_(w) {
+    const int size = w.team.size();
+    const size_t first = (size_t)((long)s.requests * w.thread / size);
+    const size_t last = (size_t)((long)s.requests * (w.thread + 1) / size);
+    const bool spare = s.one_each && s.requests > kStreamRows && a.next_layer >= 0 && is_quantized(a.w.format);
+    begin_ = spare ? s.read_starts[first] : 0;
+    parts_ = spare ? (s.read_starts[last] - begin_) * 2 * s.kv_heads : 0;
+    if (parts_ && w.fetch_layer != a.next_layer) w.fetch_layer = a.next_layer, w.fetched = 0;
+  }
+
+  // A block's keys or values of one head, and what follows them if one product can fetch more; null at the end.
+  const uint8_t* take() {
+    if (w_.fetched >= parts_) return nullptr;
+    const int per_block = 2 * s_.kv_heads, part = w_.fetched % per_block;
+    const uint8_t* block = s_.read_blocks[(size_t)(begin_ + w_.fetched / per_block)];
+    w_.fetched++;
+    return block + (size_t)a_.next_layer * s_.cache.layer_bytes + (size_t)part * s_.cache.run_bytes;
+  }
+
+ private:
+  const LinearArgs& a_;
+  const Step& s_;
+  Worker& w_;
+  int begin_ = 0, parts_ = 0;
+};
+
+// R rows by one panel. `cold`: this thread has not read the panel yet; else there is room to fetch `elsewhere`.
 template <Format kFormat, int R>
 inline __attribute__((always_inline)) void gemm(F32 (&out)[R][2], const PackedMatrix& w, const uint8_t* panel,
-                                                const uint8_t* x, size_t stride, bool cold) {
+                                                const uint8_t* x, size_t stride, bool cold,
+                                                [[maybe_unused]] const uint8_t* elsewhere) {
   if constexpr (is_quantized(kFormat)) {
     constexpr bool kEight = kFormat == Format::Q8_0;
     if (kEight && cold && R > 2) fetch_panel(panel + w.panel_bytes, w.panel_bytes);
-    gemm_q8<kFormat, R>(out, w.k, panel, (const int8_t*)x, stride, cold && !kEight ? kFetchAhead : 0);
+    gemm_q8<kFormat, R>(out, w.k, panel, (const int8_t*)x, stride, cold && !kEight ? kFetchAhead : 0,
+                        elsewhere);
   } else {
     gemm_float<kFormat, R>(out, w.k, panel, x, stride);
   }
@@ -36,10 +68,13 @@ inline __attribute__((always_inline)) void gemm(F32 (&out)[R][2], const PackedMa
 
 // One register block: R rows from `row` by one panel, or by two with a gated epilogue. `cold`: this thread's first.
 template <Format kFormat, int R>
-__attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const uint8_t* x, int unit, int row, bool cold) {
+__attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const uint8_t* x, int unit, int row, bool cold,
+                                     CacheAhead& cache) {
   F32 acc[R][2];
+  auto elsewhere = [&] { return cold ? nullptr : cache.take(); };
   if (a.epilogue == Epilogue::None) {
-    gemm<kFormat, R>(acc, a.w, a.w.data + (size_t)unit * a.w.panel_bytes, x, a.x.stride, cold);
+    gemm<kFormat, R>(acc, a.w, a.w.data + (size_t)unit * a.w.panel_bytes, x, a.x.stride, cold,
+                     elsewhere());
     int column = unit * kPanel, width = std::min(kPanel, a.w.n - column);
     for (int r = 0; r < R; r++) {
       float* out = (float*)s.at(a.out, row + r) + column;
@@ -58,10 +93,10 @@ __attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const u
   // A panel is 16 columns of gate, then 16 of up: two of them give 32 columns of silu(gate) * up, one group.
   const uint8_t* panel = a.w.data + (size_t)unit * 2 * a.w.panel_bytes;
   F32 low[R];
-  gemm<kFormat, R>(acc, a.w, panel, x, a.x.stride, cold);
+  gemm<kFormat, R>(acc, a.w, panel, x, a.x.stride, cold, elsewhere());
   for (int r = 0; r < R; r++) low[r] = mul(silu(acc[r][0]), acc[r][1]);
   bool pair = (unit + 1) * 2 * kPanel <= a.w.n;
-  if (pair) gemm<kFormat, R>(acc, a.w, panel + a.w.panel_bytes, x, a.x.stride, cold);
+  if (pair) gemm<kFormat, R>(acc, a.w, panel + a.w.panel_bytes, x, a.x.stride, cold, elsewhere());
   F32 high[R];
   for (int r = 0; r < R; r++) high[r] = mul(silu(acc[r][0]), acc[r][1]);
   if (a.out_dtype == Dtype::Q8) {
@@ -82,7 +117,7 @@ __attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const u
   }
 }
 
-using Block = void (*)(const LinearArgs&, const Step&, const uint8_t*, int, int, bool);
+using Block = void (*)(const LinearArgs&, const Step&, const uint8_t*, int, int, bool, CacheAhead&);
 
 template <Format kFormat>
 constexpr Block kBlocks[kMaxRows + 1] = {nullptr,           block<kFormat, 1>, block<kFormat, 2>,
@@ -107,12 +142,13 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
   const int rows = s.rows(a.rows), columns = a.epilogue == Epilogue::None ? kPanel : 2 * kPanel;
   const int units = (a.w.n + columns - 1) / columns;
   // Six rows by a panel keep all accumulators in registers; for few rows, eight read the weights fewer times.
+  CacheAhead cache(a, s, w);
   auto run = [&](int unit, int row_begin, int row_end, bool cold) {
     const int count = row_end - row_begin, most = rows <= kStreamRows ? 8 : 6, parts = (count + most - 1) / most;
     for (int b = 0; b < parts; b++) {  // parts differ by at most one row
       int from = row_begin + count * b / parts, to = row_begin + count * (b + 1) / parts;
       const uint8_t* x = s.at(a.x, rows == 1 && a.per_thread ? w.thread : from);
-      blocks[to - from](a, s, x, unit, from, cold && b == 0);
+      blocks[to - from](a, s, x, unit, from, cold && b == 0, cache);
     }
   };
   const int threads = w.team.size();
