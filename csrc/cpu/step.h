@@ -76,7 +76,7 @@ struct Worker {
   int thread;
   int shares;        // calls of Team::share in this step
   uint8_t* scratch;  // this thread's own, at least kScratchBytes
-  int fetch_layer = -1, fetched = 0;  // the layer whose cache is being fetched, and how many blocks' parts are
+  int fetch_layer = -1, fetched = 0;  // the layer whose cache is being fetched, and how much of it is
 };
 inline constexpr size_t kScratchBytes = 1 << 20;
 

@@ -31,16 +31,18 @@ class CacheAhead {
     const size_t last = (size_t)((long)s.requests * (w.thread + 1) / size);
     const bool spare = s.one_each && s.requests > kStreamRows && a.next_layer >= 0 && is_quantized(a.w.format);
     begin_ = spare ? s.read_starts[first] : 0;
-    parts_ = spare ? (s.read_starts[last] - begin_) * 2 * s.kv_heads : 0;
-    if (parts_ && w.fetch_layer != a.next_layer) w.fetch_layer = a.next_layer, w.fetched = 0;
+    blocks_ = spare ? s.read_starts[last] - begin_ : 0;
+    span_ = std::max(1, (int)((size_t)(a.w.k / kGroup) * kLinesPerGroup * 64 / (s.cache.run_bytes / kCluster)));
+    if (blocks_ && w.fetch_layer != a.next_layer) w.fetch_layer = a.next_layer, w.fetched = 0;
   }
 
-  // A block's keys or values of one head, and what follows them if one product can fetch more; null at the end.
+  // The keys or values of one head in the next blocks, as many as one product fetches; null at the end. Blocks in a
+  // row are taken to lie in a row.
   const uint8_t* take() {
-    if (w_.fetched >= parts_) return nullptr;
-    const int per_block = 2 * s_.kv_heads, part = w_.fetched % per_block;
-    const uint8_t* block = s_.read_blocks[(size_t)(begin_ + w_.fetched / per_block)];
-    w_.fetched++;
+    if (w_.fetched >= blocks_ * 2 * s_.kv_heads) return nullptr;
+    const int part = w_.fetched / blocks_, at = w_.fetched % blocks_;
+    const uint8_t* block = s_.read_blocks[(size_t)(begin_ + at)];
+    w_.fetched += std::min(span_, blocks_ - at);
     return block + (size_t)a_.next_layer * s_.cache.layer_bytes + (size_t)part * s_.cache.run_bytes;
   }
 
@@ -48,7 +50,7 @@ class CacheAhead {
   const LinearArgs& a_;
   const Step& s_;
   Worker& w_;
-  int begin_ = 0, parts_ = 0;
+  int begin_ = 0, blocks_ = 0, span_ = 1;
 };
 
 // R rows by one panel. `cold`: this thread has not read the panel yet; else there is room to fetch `elsewhere`.
