@@ -143,7 +143,7 @@ struct ConcatArgs {
 struct SamplingRow {
   uint64_t seed;
   float temperature, top_p, min_p;
-  int32_t top_k, sample_index, num_logprobs, masked, reserved;
+  int32_t top_k, sample_index, num_logprobs, masked, target;
 };
 static_assert(sizeof(SamplingRow) == 40);
 

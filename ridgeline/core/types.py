@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -24,11 +24,14 @@ SAMPLING_DTYPE = np.dtype(
         ("sample_index", "<i4"),  # which of the n samples of one request
         ("num_logprobs", "<i4"),  # -1 = none, k = the sampled token's and the k best
         ("masked", "<i4"),  # 1 = sampled by finish(), under a token mask
-        ("reserved", "<i4"),
+        ("target", "<i4"),  # 0 = sample, 1 + t = score token t instead, POOL = the hidden state and no token
     ],
     align=True,
 )
 """One row of sampling parameters, read as it is by the native sampler (40 bytes)."""
+
+POOL = -1
+"""``target`` of a row whose hidden state is wanted and no token."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,45 @@ def unknown_argument(owner: str, name: str, known: list[str]) -> str:
     return f"{owner} has no argument {name!r}: {hint}"
 
 
+@dataclass(frozen=True)
+class SlotStart:
+    """What a slot's new owner asks of the sampler beyond a row of SAMPLING_DTYPE; sent once, with its first step.
+
+    The executor keeps it, and a log of the slot's tokens by position (what it is fed, drafts included, a later
+    token at a position replacing an earlier one), until the slot starts anew. A slot whose request asks for
+    nothing of this starts with a SlotStart of defaults only if an owner before it had one.
+
+    Attributes:
+        slot: the slot that starts.
+        prompt_len: tokens before this position are prompt, those from it on output.
+        tokens: [C] tokens whose KV is in the cache already (a prefix hit), which no batch will feed.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output
+            (Keskar et al., 2019, "CTRL").
+        presence_penalty, frequency_penalty: subtracted for each token in the output, once and times its count.
+        bias_ids, bias: [N] tokens and what is added to their logits.
+        min_tokens, min_tokens_ids: while fewer output tokens exist, these tokens are not sampled.
+        bad_words: token sequences that are never completed: the last token of one is not sampled where the
+            tokens before it are the rest.
+    """
+
+    slot: int
+    prompt_len: int = 0
+    tokens: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bias_ids: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    bias: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
+    min_tokens: int = 0
+    min_tokens_ids: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
 @dataclass
 class Batch:
     """One step's work, flat. T tokens of B requests (prefill chunks and decodes alike), S sampled rows.
+
+    A request with drafts (speculation) is fed its last token and the drafts after it, and samples the row of each.
 
     Attributes:
         token_ids: [T]; -1 means "what this slot sampled last".
@@ -140,6 +179,9 @@ class Batch:
         sample_rows: [S]; ascending indices into T whose next token is wanted.
         sampling: [S] of SAMPLING_DTYPE.
         block_updates: one [N, 3] array per cache group: (slot, index in its table, block id).
+        block_copies: one [N, 2] array per cache group: (source block, destination block), copied after every
+            earlier step and before this one writes; empty list: none in any group.
+        slot_starts: sampling state of slots with a new owner.
         extras: further graph inputs by name (adapter ids, embeddings).
     """
 
@@ -151,6 +193,8 @@ class Batch:
     sample_rows: Int32
     sampling: npt.NDArray[np.void]
     block_updates: list[Int32]
+    block_copies: list[Int32] = field(default_factory=list)
+    slot_starts: Sequence[SlotStart] = ()
     extras: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
@@ -159,11 +203,13 @@ class StepOutput:
     """What a step produced, one entry per row of ``Batch.sample_rows``.
 
     Attributes:
-        token_ids: [S] sampled tokens.
-        accepted: [S] tokens each row's request advanced by (1 without speculation).
+        token_ids: [S] sampled tokens; a scored row's own; -1 for a pooled row.
+        accepted: [S] 1 where the row's sample stands, 0 where an earlier row of the same request sampled another
+            token than the draft that follows it. So a request advances by the sum over its rows.
         logprobs: [S] log probability of the sampled token (NaN where not asked for).
         top_ids, top_logprobs: [S, k] the most likely tokens, k the largest asked for in the step;
-            ties go to the lower id. Computed on the raw logits, before temperature and filters.
+            ties go to the lower id. Computed on the raw logits, before penalties, temperature and filters.
+        hidden: [P, hidden_size] final hidden states of the P rows whose target is POOL, in row order.
     """
 
     token_ids: Int32
@@ -171,6 +217,7 @@ class StepOutput:
     logprobs: Float32
     top_ids: Int32
     top_logprobs: Float32
+    hidden: Float32 = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
 @dataclass(frozen=True)
