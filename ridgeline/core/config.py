@@ -11,7 +11,7 @@ from ridgeline.core.types import unknown_argument
 
 KV_DTYPES = ("auto", "bf16", "f16", "f32")
 BACKENDS = ("cpu", "reference")
-ISAS = ("generic", "avx512")
+ISAS = ("generic", "avx512", "amx")
 
 _DEFAULT_POOL_TOKENS = 2048  # per sequence, when the pool's size is left to us
 _MOST = 2**31 - 1  # what an int32 holds: the native parts count in those

@@ -9,11 +9,17 @@
 #include "kernels/table.h"
 
 namespace ridgeline::RL_ISA {
+inline constexpr size_t kFetchAhead = 16384;  // bytes
+}
+#if defined(RL_ISA_AMX)
+#include "kernels/linear_amx.h"
+#endif
+
+namespace ridgeline::RL_ISA {
 namespace {
 
 constexpr int kMaxRows = 8;      // rows of one register block
 constexpr int kStreamRows = 16;  // up to here reading the weights matters beside the arithmetic
-constexpr size_t kFetchAhead = 16384;
 
 // Starts to bring a panel into the cache. With 8-bit records a core asks for this many lines ahead of eight rows
 // of arithmetic only when told so beforehand (docs/perf-log.md).
@@ -137,12 +143,24 @@ const Block* blocks_of(Format f) {
   }
 }
 
+// Runs the layer on tile registers, where there are any and they are faster; the bits are the same.
+bool on_tiles([[maybe_unused]] const LinearArgs& a, [[maybe_unused]] const Step& s, [[maybe_unused]] Worker& w,
+              [[maybe_unused]] int units) {
+#if defined(RL_ISA_AMX)
+  if (a.w.format == Format::Q4_1) return tile_linear<Format::Q4_1>(a, s, w, units);
+  if (a.w.format == Format::Q4_0) return tile_linear<Format::Q4_0>(a, s, w, units);
+  if (a.w.format == Format::Q8_0) return tile_linear<Format::Q8_0>(a, s, w, units);
+#endif
+  return false;
+}
+
 }  // namespace
 
 void linear(const LinearArgs& a, const Step& s, Worker& w) {
   const Block* blocks = blocks_of(a.w.format);
   const int rows = s.rows(a.rows), columns = a.epilogue == Epilogue::None ? kPanel : 2 * kPanel;
   const int units = (a.w.n + columns - 1) / columns;
+  if (on_tiles(a, s, w, units)) return;
   // Six rows by a panel keep all accumulators in registers; for few rows, eight read the weights fewer times.
   CacheAhead cache(a, s, w);
   auto run = [&](int unit, int row_begin, int row_end, bool cold) {
