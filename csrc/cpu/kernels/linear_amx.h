@@ -13,23 +13,22 @@
 namespace ridgeline::RL_ISA {
 
 inline constexpr int kTileLeastRows = 4;      // fewer are as fast without tiles
-inline constexpr int kBf16LeastRows = 49;     // a thread's rows that repay unpacking to bf16
 inline constexpr size_t kBlockBytes = 512 << 10;  // of activations prepared at a time
 
-using TileColumns = void (*)(const TileBlock&, const uint8_t*, const uint8_t*, int, float*, int);
+using TileColumns = void (*)(const TileBlock&, const uint8_t*, const uint8_t*, int, float*, int, const uint8_t*);
 
-template <Format kFormat, TileType kType, size_t... kRows>
+template <Format kFormat, size_t... kRows>
 constexpr std::array<TileColumns, kTileRows> tile_columns_table(std::index_sequence<kRows...>) {
-  return {tile_columns<kFormat, kType, (int)kRows + 1>...};
+  return {tile_columns<kFormat, (int)kRows + 1>...};
 }
 
 // One thread's part of a linear layer: its rows by units [unit_begin, unit_end).
-template <Format kFormat, TileType kType>
+template <Format kFormat>
 class TileLinear {
  public:
   TileLinear(const LinearArgs& a, const Step& s, Worker& w, int unit_begin, int unit_end)
       : a_(a), s_(s), groups_(a.w.k / kGroup), unit_begin_(unit_begin), unit_end_(unit_end), rest_(w.scratch) {
-    unpacked_ = take<uint8_t>((size_t)panels() * 2 * groups_ * kGroupBytes<kType>);
+    unpacked_ = take<uint8_t>((size_t)panels() * 2 * groups_ * kGroupBytes);
     block_ = take<TileBlock>((size_t)rows_at_once(a));
     results_ = take<float>((size_t)rows_at_once(a) * kResult);  // blocks of fewer than 16 rows only come last
     rows_at_ = rest_;
@@ -38,14 +37,14 @@ class TileLinear {
   // Bytes of scratch that a layer needs for `rows` rows at a time.
   static size_t scratch_bytes(const LinearArgs& a, int rows) {
     const size_t groups = (size_t)a.w.k / kGroup, panels = a.epilogue == Epilogue::None ? 1 : 2;
-    return panels * 2 * groups * kGroupBytes<kType> + 1024 +
+    return panels * 2 * groups * kGroupBytes + 1024 +
            (sizeof(TileBlock) + 4 * kResult) * (size_t)rows_at_once(a) +
-           ((size_t)rows / kTileRows + 1) * groups * kTileRows * (8 + (kType == TileType::Bf16 ? 64 : 0));
+           ((size_t)rows / kTileRows + 1) * groups * kTileRows * 8;
   }
 
   // Rows that can be prepared at once: 16 at least, more while they fit the second-level cache.
   static int rows_at_once(const LinearArgs& a) {
-    return std::max<int>(kTileRows, (int)(kBlockBytes / ((size_t)a.w.k * 2)) / kTileRows * kTileRows);
+    return std::max<int>(kTileRows, (int)(kBlockBytes / (size_t)a.w.k) / kTileRows * kTileRows);
   }
 
   // Takes rows [begin, end), at most rows_at_once together.
@@ -91,42 +90,27 @@ class TileLinear {
         const float* sums = (const float*)(x + q8_scaled_sums_at(a_.w.k));
         for (int g = 0; g < groups_; g++) scales[16 * g + r - row] = from[g], scaled_sums[16 * g + r - row] = sums[g];
       }
-      TileBlock& b = block_[blocks_++];
-      b = {s_.at(a_.x, (size_t)row), a_.x.stride, kGroup, scales, scaled_sums, row, next - row};
-      if constexpr (kType == TileType::Bf16) widen(b);
+      block_[blocks_++] = {s_.at(a_.x, (size_t)row), a_.x.stride, scales, scaled_sums, row, next - row};
     }
   }
 
-  // Replaces a block's codes by the same integers in bf16, [groups][16 rows][32].
-  void widen(TileBlock& b) {
-    uint8_t* out = take<uint8_t>((size_t)groups_ * 1024);
-    for (int r = 0; r < b.rows; r++)
-      for (int g = 0; g < groups_; g++) {
-        const __m256i codes = _mm256_loadu_si256((const __m256i*)(b.codes + r * b.row_stride + g * b.group_stride));
-        const F32 low = to_f(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
-        const F32 high = to_f(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
-        store_i(out + 1024 * g + 64 * r, (I32)_mm512_cvtne2ps_pbh(high, low));
-      }
-    b.codes = out;
-    b.row_stride = 64;
-    b.group_stride = 1024;
-  }
-
   void multiply(int unit) {
-    static constexpr auto kTable = tile_columns_table<kFormat, kType>(std::make_index_sequence<kTileRows>{});
+    static constexpr auto kTable = tile_columns_table<kFormat>(std::make_index_sequence<kTileRows>{});
     const uint8_t* panel = a_.w.data + (size_t)unit * panels() * a_.w.panel_bytes;
     const bool pair = panels() == 2 && (unit + 1) * 2 * kPanel <= a_.w.n;
     const int used = pair ? 2 : 1;
-    const size_t tile_bytes = (size_t)groups_ * kGroupBytes<kType>;
+    const size_t tile_bytes = (size_t)groups_ * kGroupBytes;
     for (int p = 0; p < used; p++)
-      unpack_panel<kFormat, kType>(panel + p * a_.w.panel_bytes, groups_, cold_ ? kFetchAhead : 0,
-                                   unpacked_ + 2 * p * tile_bytes);
+      unpack_panel<kFormat>(panel + p * a_.w.panel_bytes, groups_, unpacked_ + 2 * p * tile_bytes);
     for (int t = 0; t < 2 * used; t++) {  // one column tile stays in the first-level cache for all rows
       const uint8_t* scales = panel + t / 2 * a_.w.panel_bytes + code_bytes(kFormat) + t % 2 * 32;
+      // The next unit's panels, fetched by the first block: unpacking is all loads and could not wait for memory.
+      const uint8_t* next = panel + (used + t / 2) * a_.w.panel_bytes + t % 2 * 64 * kFetchedLines<kFormat>;
       for (int i = 0; i < blocks_; i++) {
         const TileBlock& b = block_[i];
-        if (b.rows != configured_) tile_configure(gemm_config<kType>(configured_ = b.rows));
-        kTable[(size_t)b.rows - 1](b, unpacked_ + t * tile_bytes, scales, groups_, results(i) + kTile * t, kResult);
+        if (b.rows != configured_) tile_configure(gemm_config(configured_ = b.rows));
+        kTable[(size_t)b.rows - 1](b, unpacked_ + t * tile_bytes, scales, groups_, results(i) + kTile * t, kResult,
+                                     cold_ && i == 0 ? next : nullptr);
       }
     }
     for (int i = 0; i < blocks_; i++)
@@ -184,11 +168,12 @@ class TileLinear {
 };
 
 // Runs this thread's part; false, having done nothing, where a layer is better off without tiles.
-template <Format kFormat, TileType kType>
-bool run_tile_linear(const LinearArgs& a, const Step& s, Worker& w, int units) {
-  using Linear = TileLinear<kFormat, kType>;
+template <Format kFormat>
+bool tile_linear(const LinearArgs& a, const Step& s, Worker& w, int units) {
+  using Linear = TileLinear<kFormat>;
   const int rows = s.rows(a.rows), threads = w.team.size();
-  if (Linear::scratch_bytes(a, std::min(rows, Linear::rows_at_once(a))) > kScratchBytes) return false;
+  if (rows < kTileLeastRows || Linear::scratch_bytes(a, std::min(rows, Linear::rows_at_once(a))) > kScratchBytes)
+    return false;
   if (w.team.has_blocks(rows)) {
     Linear linear(a, s, w, 0, units);
     w.team.own(w.thread, rows, [&](int begin, int end) { linear.add_rows(begin, end); });
@@ -200,15 +185,6 @@ bool run_tile_linear(const LinearArgs& a, const Step& s, Worker& w, int units) {
   }
   tile_release();
   return true;
-}
-
-template <Format kFormat>
-bool tile_linear(const LinearArgs& a, const Step& s, Worker& w, int units) {
-  const int rows = s.rows(a.rows);
-  if (rows < kTileLeastRows) return false;
-  const int each = w.team.has_blocks(rows) ? rows / w.team.size() : rows;
-  return each >= kBf16LeastRows ? run_tile_linear<kFormat, TileType::Bf16>(a, s, w, units)
-                                : run_tile_linear<kFormat, TileType::Int8>(a, s, w, units);
 }
 
 }  // namespace ridgeline::RL_ISA
