@@ -75,20 +75,18 @@ RL_UNROLL
     acc[r] = fma(to_f(load_i(sums + 16 * r)), mul(weight_scales, splat(row_scales[r])), acc[r]);
 }
 
-// Lines of a record that one of a panel's two column tiles fetches.
-template <Format kFormat>
-inline constexpr int kFetchedLines = (record_bytes(kFormat) / 64 + 1) / 2;
+// What is fetched into the cache while a product runs: with each group of K some lines, `stride` bytes further on.
+struct Fetch {
+  const uint8_t* at = nullptr;
+  int lines = 0, stride = 0;
+};
 
 // Group g of the loop below, whose sums are in sums[C].
 template <Format kFormat, int R, int C>
 inline __attribute__((always_inline)) void group_turn(F32 (&acc)[R], const TileBlock& b, const uint8_t* tile,
                                                       const uint8_t* record, int groups, int g, GroupSums (&sums)[4],
-                                                      const uint8_t* fetch) {
-  if (fetch) {
-RL_UNROLL
-    for (int line = 0; line < kFetchedLines<kFormat>; line++)
-      prefetch(fetch + (size_t)g * record_bytes(kFormat) + 64 * line);
-  }
+                                                      const Fetch& fetch) {
+  for (int line = 0; line < fetch.lines; line++) prefetch(fetch.at + (size_t)g * fetch.stride + 64 * line);
   if (g + 3 < groups) start_group<(C + 3) % 4>(b, tile, g + 3);
   if (g + 1 < groups) tile_store<(C + 1) % 4>(sums[(C + 1) % 4]);
   scale_group<R>(acc, load_f16(record + (size_t)g * record_bytes(kFormat)), b.scales + 16 * g, sums[C]);
@@ -96,11 +94,11 @@ RL_UNROLL
 
 // out[r][0..16) of R rows (`stride` floats apart) by one column tile. `record` points at the first group's scales of
 // these columns. The sums of a group pass through memory, the only way out of a tile: they are started three groups
-// and stored one group before they are scaled. Half the lines of the panel at
-// `fetch`, if not null, are fetched meanwhile.
+// and stored one group before they are scaled. (While tile instructions are in
+// flight, one 512-bit vector operation starts in a cycle instead of two: the three of each row are what takes time.)
 template <Format kFormat, int R>
 __attribute__((noinline)) void tile_columns(const TileBlock& b, const uint8_t* tile, const uint8_t* record, int groups,
-                                            float* out, int stride, const uint8_t* fetch) {
+                                            float* out, int stride, const Fetch& fetch) {
   constexpr bool kMinimum = kFormat == Format::Q4_1;
   alignas(64) GroupSums sums[4];
   F32 acc[R];

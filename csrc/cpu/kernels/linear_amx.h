@@ -7,15 +7,16 @@
 #include <cstring>
 #include <utility>
 
+#include "kernels/cache_ahead.h"
 #include "kernels/gemm_amx.h"
 #include "kernels/quantize.h"
 
 namespace ridgeline::RL_ISA {
 
-inline constexpr int kTileLeastRows = 4;      // fewer are as fast without tiles
+inline constexpr int kTileLeastRows = 64;  // fewer are as fast without tiles
 inline constexpr size_t kBlockBytes = 512 << 10;  // of activations prepared at a time
 
-using TileColumns = void (*)(const TileBlock&, const uint8_t*, const uint8_t*, int, float*, int, const uint8_t*);
+using TileColumns = void (*)(const TileBlock&, const uint8_t*, const uint8_t*, int, float*, int, const Fetch&);
 
 template <Format kFormat, size_t... kRows>
 constexpr std::array<TileColumns, kTileRows> tile_columns_table(std::index_sequence<kRows...>) {
@@ -26,8 +27,8 @@ constexpr std::array<TileColumns, kTileRows> tile_columns_table(std::index_seque
 template <Format kFormat>
 class TileLinear {
  public:
-  TileLinear(const LinearArgs& a, const Step& s, Worker& w, int unit_begin, int unit_end)
-      : a_(a), s_(s), groups_(a.w.k / kGroup), unit_begin_(unit_begin), unit_end_(unit_end), rest_(w.scratch) {
+  TileLinear(const LinearArgs& a, const Step& s, Worker& w, CacheAhead& cache, int unit_begin, int unit_end)
+      : a_(a), s_(s), cache_(cache), groups_(a.w.k / kGroup), unit_begin_(unit_begin), unit_end_(unit_end), rest_(w.scratch) {
     unpacked_ = take<uint8_t>((size_t)panels() * 2 * groups_ * kGroupBytes);
     block_ = take<TileBlock>((size_t)rows_at_once(a));
     results_ = take<float>((size_t)rows_at_once(a) * kResult);  // blocks of fewer than 16 rows only come last
@@ -104,17 +105,22 @@ class TileLinear {
       unpack_panel<kFormat>(panel + p * a_.w.panel_bytes, groups_, unpacked_ + 2 * p * tile_bytes);
     for (int t = 0; t < 2 * used; t++) {  // one column tile stays in the first-level cache for all rows
       const uint8_t* scales = panel + t / 2 * a_.w.panel_bytes + code_bytes(kFormat) + t % 2 * 32;
-      // The next unit's panels, fetched by the first block: unpacking is all loads and could not wait for memory.
-      const uint8_t* next = panel + (used + t / 2) * a_.w.panel_bytes + t % 2 * 64 * kFetchedLines<kFormat>;
+      // The next unit's panels, half by either column tile: unpacking them is all loads and could not wait for memory.
+      constexpr int kLines = (record_bytes(kFormat) / 64 + 1) / 2;
+      const Fetch next{panel + (used + t / 2) * a_.w.panel_bytes + t % 2 * 64 * kLines, kLines, record_bytes(kFormat)};
       for (int i = 0; i < blocks_; i++) {
         const TileBlock& b = block_[i];
         if (b.rows != configured_) tile_configure(gemm_config(configured_ = b.rows));
         kTable[(size_t)b.rows - 1](b, unpacked_ + t * tile_bytes, scales, groups_, results(i) + kTile * t, kResult,
-                                     cold_ && i == 0 ? next : nullptr);
+                                     cold_ && i == 0 ? next : ahead());
       }
     }
     for (int i = 0; i < blocks_; i++)
       panels() == 1 ? store_plain(block_[i], unit, results(i)) : store_gated(block_[i], unit, pair, results(i));
+  }
+  Fetch ahead() {
+    const uint8_t* at = cache_.take();
+    return at ? Fetch{at, kLinesPerGroup, 64 * kLinesPerGroup} : Fetch{};
   }
   float* results(int block) const { return results_ + (size_t)block * kTileRows * kResult; }
 
@@ -158,6 +164,7 @@ class TileLinear {
 
   const LinearArgs& a_;
   const Step& s_;
+  CacheAhead& cache_;
   const int groups_, unit_begin_, unit_end_;
   uint8_t* rest_;  // of the scratch memory
   uint8_t *unpacked_, *rows_at_;
@@ -169,17 +176,18 @@ class TileLinear {
 
 // Runs this thread's part; false, having done nothing, where a layer is better off without tiles.
 template <Format kFormat>
-bool tile_linear(const LinearArgs& a, const Step& s, Worker& w, int units) {
+bool tile_linear(const LinearArgs& a, const Step& s, Worker& w, CacheAhead& cache, int units) {
   using Linear = TileLinear<kFormat>;
   const int rows = s.rows(a.rows), threads = w.team.size();
   if (rows < kTileLeastRows || Linear::scratch_bytes(a, std::min(rows, Linear::rows_at_once(a))) > kScratchBytes)
     return false;
   if (w.team.has_blocks(rows)) {
-    Linear linear(a, s, w, 0, units);
+    Linear linear(a, s, w, cache, 0, units);
     w.team.own(w.thread, rows, [&](int begin, int end) { linear.add_rows(begin, end); });
     linear.flush();
   } else {
-    Linear linear(a, s, w, (int)((long)units * w.thread / threads), (int)((long)units * (w.thread + 1) / threads));
+    const int begin = (int)((long)units * w.thread / threads), end = (int)((long)units * (w.thread + 1) / threads);
+    Linear linear(a, s, w, cache, begin, end);
     linear.add_rows(0, rows);
     linear.flush();
   }
