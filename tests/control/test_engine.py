@@ -95,8 +95,7 @@ def test_stream_equals_solo_run(bounds: EngineLimits, mix: list[Case]) -> None:
 def assert_idle(engine: Engine) -> None:
     """An idle engine holds nothing."""
     assert not engine.has_work
-    assert all(pool.num_free == pool.num_blocks for pool in engine._pools)
-    assert len(engine._free_slots) == engine.limits.max_requests
+    engine.check()
 
 
 BOUNDS = EngineLimits(4, 16, 64, VOCAB, 4, [64])
@@ -135,18 +134,24 @@ def test_requests_run_side_by_side_and_decode_comes_first() -> None:
     assert executor.largest == 2
 
 
-def test_a_negative_token_is_reported_as_damaged_weights() -> None:
+def test_logits_that_are_not_numbers_end_their_request_only() -> None:
     class Nan(SimExecutor):
         def finish(self, ticket, masks=None):  # type: ignore[no-untyped-def]
             output = super().finish(ticket, masks)
-            output.token_ids[:] = -1
+            if self.steps == 2:
+                output.token_ids[0] = -1
             return output
 
     engine = make_engine(BOUNDS, Nan(BOUNDS))
-    engine.submit([engine.make_request([1], SamplingParams())])
-    with pytest.raises(RidgelineError, match="NaN"):
+    params = SamplingParams(max_tokens=8, seed=3, ignore_eos=True)
+    damaged, whole = engine.make_request([1], params), engine.make_request([2], params)
+    engine.submit([damaged, whole])
+    while engine.has_work:
         engine.step()
-    assert_idle(engine)
+        engine.check()
+    assert damaged.finish_reason == "error" and damaged.error is not None and "NaN" in damaged.error
+    assert len(damaged.output_ids) == 1
+    assert whole.output_ids == solo([2], params, VOCAB, 64, EOS)[0]
 
 
 @pytest.mark.parametrize(
