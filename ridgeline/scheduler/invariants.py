@@ -33,6 +33,9 @@ def check(scheduler: Scheduler, free_slots: Several[int], leaving: Several[tuple
     for sequence in running:
         _check_sequence(scheduler, sequence)
     _check_waiting(scheduler)
+    if not scheduler.has_work and not leaving:
+        if any(pool.num_available != pool.num_blocks for pool in scheduler.cache.pools):
+            raise AssertionError("an idle scheduler holds blocks")
 
 
 def _check_sequence(scheduler: Scheduler, sequence: object) -> None:
@@ -64,5 +67,3 @@ def _check_waiting(scheduler: Scheduler) -> None:
     for sequence in scheduler.parked.values():
         if sequence.state is not State.PARKED or sequence.parked_on is None:
             raise AssertionError("a parked sequence waits for nothing")
-    if not scheduler.has_work and any(pool.num_available != pool.num_blocks for pool in scheduler.cache.pools):
-        raise AssertionError("an idle scheduler holds blocks")

@@ -250,13 +250,18 @@ class Scheduler:
                 return False
 
     def _victim(self, plan: StepPlan, sequence: Sequence) -> Sequence | None:
-        """The last in the order of the queue that may start again so that ``sequence`` can go on."""
-        alone = True
+        """The last in the order of the queue that may start again so that ``sequence`` can go on.
+
+        A promoted one comes before all others, wherever it stands in the queue.
+        """
+        alone = True  # nobody who comes after it goes on
         for other in reversed(self.running):
-            if other is sequence:
+            if other.promoted:
+                alone = alone and other is sequence
+            elif other is sequence:
                 under_way = sequence.last_step > self._finished_step  # its end may bring blocks back, or tokens
-                return sequence if alone and not sequence.promoted and not under_way else None
-            if other.promoted or other.last_step == plan.number:
+                return sequence if alone and not under_way else None
+            elif other.last_step == plan.number:
                 alone = False
             else:
                 return other
