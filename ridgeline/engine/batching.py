@@ -126,5 +126,3 @@ def _rows(chunk: Chunk, at: int) -> Int32:
         return scored
     last = at + chunk.size - 1
     return np.concatenate([scored, np.arange(last, last + 1 + len(chunk.drafts), dtype=np.int32)])
-
-

@@ -90,6 +90,11 @@ class Engine:
         """Requests in the queue, and those that wait for another's prefix."""
         return len(self._scheduler.queue) + len(self._scheduler.parked)
 
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that nobody holds, kept for whoever brings the same prefix; over all groups."""
+        return sum(pool.num_cached for pool in self._cache.pools)
+
     def stats(self) -> Stats:
         """Counters since the start; they go on counting in the object returned."""
         return self._scheduler.stats
@@ -210,18 +215,26 @@ class Engine:
     def _accept_decodes(self, plan: StepPlan, tokens: list[int], output: StepOutput) -> None:
         """The steady path: one token for each, and no more work than that where a token means nothing else."""
         outdated = self.limits.max_open_steps > 1  # a request may have ended since the step was launched
-        for row, sequence in enumerate(plan.decodes):
-            request = cast(Request, sequence)
+        for row, request in enumerate(cast(list[Request], plan.decodes)):
             if outdated and not self._scheduler.still_runs(request, plan):
                 continue
-            token = tokens[row]
-            if request.plain and len(request.output_ids) + 1 < request.next_event:
-                if token >= 0 and token not in request.stop_ids:
-                    request.output_ids.append(token)
+            token, output_ids = tokens[row], request.output_ids
+            if request.plain and 0 <= token and len(output_ids) + 1 < request.next_event:
+                if token not in request.stop_ids:
+                    output_ids.append(token)
+                    text = request.text
+                    if text is not None and text.push(token, len(output_ids) > request.params.min_tokens):
+                        self._stop_early(request)
                     continue
             self._accept_token(request, token, output, row)
             if request.finish_reason is None:
                 self._draft(request)
+
+    def _stop_early(self, request: Request) -> None:
+        """A stop string has ended a request whose token is taken already."""
+        request.end("stop")
+        self._scheduler.settle(request, request.num_tokens - 1)
+        self._scheduler.end(request)
 
     def _accept_token(self, request: Request, token: int, output: StepOutput, row: int) -> None:
         """Hand a sampled token to its request, all tokens before it being in the cache; end it if that ends it."""

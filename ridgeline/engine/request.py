@@ -34,7 +34,7 @@ class Request(Sequence):
         error: what went wrong, for "error".
         start: what the sampler must know of it beyond ``row``; None: nothing.
         drafter: its speculation, made when it starts to generate.
-        plain: a token means nothing more for it than one entry of output_ids.
+        plain: a token means nothing more for it than one entry of output_ids, and some text.
     """
 
     __slots__ = (
@@ -87,7 +87,7 @@ class Request(Sequence):
         self.error: str | None = None
         self.start = start
         self.drafter: NgramDrafter | None = None
-        self.plain = self.logprobs is None and text is None and not speculates
+        self.plain = self.logprobs is None and not speculates
 
     def accept(self, token: int, output: StepOutput, row: int) -> bool:
         """Take the token sampled by ``row`` of a step; True when the request has ended."""

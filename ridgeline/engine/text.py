@@ -38,9 +38,13 @@ class TextStream:
 
         Without ``may_stop`` no stop string is looked for up to the end of this token, not even later.
         """
+        piece = self._detokenizer.push(token_id)
+        if not self._stop:
+            self.text += piece
+            return False
         if may_stop:
-            return self._add(self._detokenizer.push(token_id))
-        self.text += self._detokenizer.push(token_id)
+            return self._add(piece)
+        self.text += piece
         self._from = len(self.text)
         return False
 

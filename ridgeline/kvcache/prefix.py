@@ -37,7 +37,7 @@ class Node:
         self.parent = parent
         self.hash = hash_
         self.tokens = tokens
-        self.depth = 0 if parent is None else parent.depth + 1
+        self.depth: int = 0 if parent is None else parent.depth + 1
         self.blocks = [-1] * groups
         self.writer: Any = None
         self.waiters: list[Any] = []

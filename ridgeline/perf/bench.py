@@ -266,4 +266,11 @@ def _child(runtime: Runtime, prompt: str, number: int) -> tuple[float, float]:
 def _flags(config: EngineConfig) -> list[str]:
     """The command-line flags that make a configuration, but for its model."""
     changed = [(f.name, getattr(config, f.name)) for f in fields(config) if getattr(config, f.name) != f.default]
-    return [word for name, value in changed if name != "model" for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = []
+    for name, value in changed:
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif name != "model":
+            words += [f"--{flag}", str(value)]
+    return words

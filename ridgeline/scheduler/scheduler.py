@@ -115,9 +115,7 @@ class Scheduler:
             return self._commit(plan)
         groups = len(self.cache.groups)
         self._number += 1
-        plan = StepPlan(
-            self._number, now_us, updates=[[] for _ in range(groups)], copies=[[] for _ in range(groups)]
-        )
+        plan = StepPlan(self._number, now_us, updates=[[] for _ in range(groups)], copies=[[] for _ in range(groups)])
         self._budget = self.budget.tokens(sum(s.prefilled for s in self.running))
         self._spare_rows = self.max_rows - len(self.running)  # every running sequence keeps a row of its own
         self._short = False  # whether a running sequence lacks blocks, so that nobody else may have them

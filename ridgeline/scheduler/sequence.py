@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Sequence as Several
+from collections.abc import Hashable
+from collections.abc import Sequence as Several
 from enum import Enum
 
 from ridgeline.kvcache.cache import BlockTable
