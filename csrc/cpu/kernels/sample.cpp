@@ -187,19 +187,28 @@ void sample(const SampleArgs& a) {
     a.top_logprobs[i] = std::numeric_limits<float>::quiet_NaN();
   }
   if (!all_finite(a.logits, a.vocab)) return;
+  if (a.row->target > 0) {
+    *a.token = a.row->target - 1;
+    return report_logprobs(a, *a.token, ids);
+  }
+  a.changes->clear();
+  if (a.slot) a.slot->adjust(a.logits, a.position, *a.changes);
   if (a.mask) {
     for (int i = 0; i < a.vocab; i++) masked[i] = a.mask[i / 32] >> (i % 32) & 1 ? a.logits[i] : kLowest;
     logits = masked;
   }
-  int token = 0;
-  if (a.row->temperature >= std::numeric_limits<float>::min()) {  // below: as good as greedy
-    token = draw(a, logits, z, ids);
-  } else {
-    float top = max_of(logits, a.vocab);
-    while (token + 1 < a.vocab && logits[token] != top) token++;
+  const float top = max_of(logits, a.vocab);
+  if (top > kLowest) {  // else nothing may be sampled
+    int token = 0;
+    if (a.row->temperature >= std::numeric_limits<float>::min()) {  // below: as good as greedy
+      token = draw(a, logits, z, ids);
+    } else {
+      while (logits[token] != top) token++;
+    }
+    *a.token = token;
   }
-  *a.token = token;
-  if (a.row->num_logprobs >= 0) report_logprobs(a, token, ids);
+  restore(a.logits, *a.changes);
+  if (*a.token >= 0 && a.row->num_logprobs >= 0) report_logprobs(a, *a.token, ids);
 }
 
 }  // namespace ridgeline::RL_ISA
