@@ -55,7 +55,7 @@ Executor::Executor(const ExecutorConfig& config)
   slot_states_.resize((size_t)config.num_slots);
   changes_.resize((size_t)team_.size());
   for (int t = 0; t < team_.size(); t++)
-    scratch_.emplace_back(std::max(kScratchBytes, (size_t)config.vocab * kSampleScratch));
+    scratch_.emplace_back(std::max(kScratchBytes, sample_scratch_bytes(config.vocab)));
   step_.arena = arena_.data();
   step_.partials = (float*)partials_.data();
   step_.partial_counts = partial_counts_.get();
@@ -362,6 +362,7 @@ void Executor::run_ops() {
       for (int row = sampling_tasks_[(size_t)task]; row < sampling_tasks_[(size_t)task + 1]; row++)
         if (!sampling_[(size_t)row].masked) sample_row(row, nullptr, thread);
     });
+    if (profiling_) team_.barrier();
     lap(ops_.size());
   };
   team_.run(job);

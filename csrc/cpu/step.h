@@ -175,9 +175,10 @@ struct SampleArgs {
   float* logprob;
   int32_t* top_ids;
   float* top_logprobs;
-  uint8_t* scratch;         // kSampleScratch bytes per token of the vocabulary
+  uint8_t* scratch;         // sample_scratch_bytes
 };
-inline constexpr int kSampleScratch = 12;
+// Four arrays of 4-byte numbers, one for each token with room for a vector more, and the maxima of groups of 256.
+inline size_t sample_scratch_bytes(int vocab) { return 16 * ((size_t)vocab + 16) + 64 * ((size_t)vocab / 256 + 1); }
 
 // The kernels of one instruction set.
 struct Kernels {

@@ -35,12 +35,16 @@ class Sampler:
         return tokens, logprobs, top_ids, top_logprobs
 
 
-@pytest.mark.parametrize("vocab", [64, 1003, 5000])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("vocab", [64, 255, 1003, 5000, 16001])
 @pytest.mark.parametrize("isa", ISAS)
-def test_agrees_with_the_reference(isa: str, vocab: int) -> None:
+def test_agrees_with_the_reference(isa: str, vocab: int, ties: bool) -> None:
+    """Vocabularies around the groups of 256 tokens whose maxima are noted; ``ties``: of few different logits."""
     rng = np.random.default_rng(vocab)
     count, differing = 60, 0
     logits = rng.standard_normal((count, vocab)).astype(np.float32) * rng.choice([1, 4, 12], (count, 1))
+    if ties:
+        logits = np.round(logits * 2) / 2
     sampler = Sampler(logits, isa)
     for first in (0, 4000):
         rows = random_rows(count, rng)
@@ -111,6 +115,20 @@ def test_ties_go_to_the_lower_id(isa: str) -> None:
     assert tokens.tolist() == [e.token for e in expected]
     assert tokens[:2].tolist() == [7, 7] and set(tokens[2:4]) <= {7, 19, 33} and tokens[4] == 7
     assert top_ids[0].tolist() == [7, 19, 33, 0, 1]
+
+
+@pytest.mark.parametrize("top_k", [0, 3000])
+@pytest.mark.parametrize("isa", ISAS)
+def test_top_p_ends_inside_a_large_tie_at_the_right_token(isa: str, top_k: int) -> None:
+    """4,000 equal logits, of which the first fifth survive: no other token may ever be drawn, and each of those can."""
+    logits = np.zeros((64, 4000), np.float32)
+    logits[:, 2000:] = [[0.0], [1e-30], [-1e-30], [-20.0]] * 16
+    kept = np.repeat([800, 800, 800, 400], 16).reshape(4, 16).T.ravel()
+    rows = rows_of(64, top_p=0.2, top_k=top_k, seed=np.arange(64))
+    tokens = Sampler(logits, isa)(rows)[0]
+    assert sum(tokens != [sample(logits[i], rows[i], i + 1).token for i in range(64)]) <= 1
+    tied = np.arange(64) % 4 != 1  # 1e-30 more is no tie: the upper half comes first
+    assert (tokens[tied] < kept[tied]).all() and (tokens[~tied] >= 2000).all() and (tokens[~tied] < 2800).all()
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
