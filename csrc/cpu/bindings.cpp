@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
 #include <map>
 #include <memory>
 #include <optional>
@@ -112,14 +113,44 @@ py::array_t<T> copy(const std::vector<T>& v, std::vector<py::ssize_t> shape) {
   return py::array_t<T>(shape, v.data());
 }
 
+// A core/types.py SlotStart.
+SlotStart slot_start_of(const py::handle& h) {
+  SlotStart s;
+  auto take = [&](const char* name, auto& field) {
+    field = py::cast<std::decay_t<decltype(field)>>(h.attr(name));
+  };
+  auto take_array = [&]<class T>(const char* name, std::vector<T>& field) {
+    auto array = py::cast<Array<T>>(h.attr(name));
+    field.assign(array.data(), array.data() + array.size());
+  };
+  take("slot", s.slot);
+  take("prompt_len", s.prompt_len);
+  take("min_tokens", s.min_tokens);
+  take("repetition_penalty", s.repetition);
+  take("presence_penalty", s.presence);
+  take("frequency_penalty", s.frequency);
+  take_array("tokens", s.tokens);
+  take_array("bias_ids", s.bias_ids);
+  take_array("bias", s.bias);
+  take_array("min_tokens_ids", s.min_tokens_ids);
+  take("bad_words", s.bad_words);
+  return s;
+}
+
 void launch(Executor& e, const Array<int32_t>& token_ids, const Array<int32_t>& positions,
             const Array<int32_t>& slots, const Array<int32_t>& query_starts, const Array<int32_t>& context_lens,
-            const Array<int32_t>& sample_rows, const py::array& sampling, const Array<int32_t>& block_updates) {
+            const Array<int32_t>& sample_rows, const py::array& sampling, const Array<int32_t>& block_updates,
+            const Array<int32_t>& block_copies, const py::sequence& slot_starts) {
+  std::vector<SlotStart> starts;
+  for (const py::handle& start : slot_starts) starts.push_back(slot_start_of(start));
   BatchView b{};
   b.tokens = (int)token_ids.size();
   b.requests = (int)slots.size();
   b.sampled = (int)sample_rows.size();
   b.updates = (int)(block_updates.size() / 3);
+  b.copies = (int)(block_copies.size() / 2);
+  if (b.updates * 3 != block_updates.size() || b.copies * 2 != block_copies.size())
+    throw std::invalid_argument("block updates are [N, 3] and block copies [N, 2]");
   if (positions.size() != b.tokens || query_starts.size() != b.requests + 1 || context_lens.size() != b.requests)
     throw std::invalid_argument("batch arrays differ in length");
   if (sampling.size() != b.sampled || (b.sampled && sampling.itemsize() != (py::ssize_t)sizeof(SamplingRow)) ||
@@ -133,6 +164,8 @@ void launch(Executor& e, const Array<int32_t>& token_ids, const Array<int32_t>& 
   b.sample_rows = sample_rows.data();
   b.sampling = (const SamplingRow*)sampling.data();
   b.block_updates = block_updates.data();
+  b.block_copies = block_copies.data();
+  b.slot_starts = &starts;
   py::gil_scoped_release release;
   e.launch(b);
 }
@@ -148,15 +181,18 @@ py::tuple finish(Executor& e, const py::object& masks) {
   } else {
     e.finish(nullptr, 0);
   }
-  py::ssize_t s = e.sampled(), k = e.num_top();
-  return py::make_tuple(copy(e.tokens(), {s}), copy(e.logprobs(), {s}), copy(e.top_ids(), {s, k}),
-                        copy(e.top_logprobs(), {s, k}));
+  py::ssize_t s = e.sampled(), k = e.num_top(), p = e.pooled(), h = p ? e.hidden_size : 0;
+  return py::make_tuple(copy(e.tokens(), {s}), copy(e.accepted(), {s}), copy(e.logprobs(), {s}),
+                        copy(e.top_ids(), {s, k}), copy(e.top_logprobs(), {s, k}), copy(e.hidden(), {p, h}));
 }
 
 py::array_t<float> logits(const Executor& e) {
   py::array_t<float> out({(py::ssize_t)e.sampled(), (py::ssize_t)e.config().vocab});
-  for (int r = 0; r < e.sampled(); r++)
-    std::copy(e.logits(r), e.logits(r) + e.config().vocab, out.mutable_data(r, 0));
+  for (int r = 0; r < e.sampled(); r++) {
+    const float* row = e.logits(r);
+    if (row) std::copy(row, row + e.config().vocab, out.mutable_data(r, 0));
+    if (!row) std::fill_n(out.mutable_data(r, 0), e.config().vocab, std::numeric_limits<float>::quiet_NaN());
+  }
   return out;
 }
 
@@ -173,9 +209,10 @@ void bind_ops(py::class_<Executor>& c) {
   });
   c.def("add_norm", [](Executor& e, const std::string& name, Place x, std::optional<Place> delta,
                        std::optional<Place> sum, Place out, const Array<float>& weight, float eps,
-                       const std::string& dtype, const std::string& rows, bool per_thread) {
+                       const std::string& dtype, const std::string& rows, bool per_thread, bool is_final) {
     NormArgs a;
     a.per_thread = per_thread;
+    a.is_final = is_final;
     a.x = buffer_of(x);
     a.has_delta = delta.has_value();
     if (delta) a.delta = buffer_of(*delta);
@@ -186,6 +223,8 @@ void bind_ops(py::class_<Executor>& c) {
     a.eps = eps;
     a.out_dtype = stored_dtype(dtype_of(dtype));
     a.rows = rows_of(rows);
+    if (is_final && a.rows != Rows::Sampled) throw std::invalid_argument("a final norm has a row for each sampled one");
+    if (is_final) e.hidden_size = a.k;
     if (2 * (size_t)a.k * sizeof(float) > kScratchBytes) throw std::invalid_argument("a norm's row is too long");
     using Free = Executor::BarrierFree;
     Free free = !per_thread ? Free::Never : a.rows == Rows::Tokens ? Free::OneToken : Free::OneSampled;
@@ -286,6 +325,7 @@ PYBIND11_MODULE(_native, m) {
   executor.def(py::init(&make_executor))
       .def("pack", &pack_weight)
       .def("set_logits", [](Executor& e, Place p) { e.set_logits(buffer_of(p)); })
+      .def("set_head", &Executor::set_head)
       .def("launch", &launch)
       .def("finish", &finish)
       .def("logits", &logits)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <climits>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -55,8 +56,10 @@ Executor::Executor(const ExecutorConfig& config)
   partial_counts_ = std::make_unique<std::atomic<int32_t>[]>((size_t)config.num_slots * config.kv_heads);
   block_tables_.assign((size_t)config.num_slots * config.max_blocks_per_slot, -1);
   last_token_.assign((size_t)config.num_slots, -1);
+  slot_states_.resize((size_t)config.num_slots);
+  changes_.resize((size_t)team_.size());
   for (int t = 0; t < team_.size(); t++)
-    scratch_.emplace_back(std::max(kScratchBytes, (size_t)config.vocab * kSampleScratch));
+    scratch_.emplace_back(std::max(kScratchBytes, sample_scratch_bytes(config.vocab)));
   step_.arena = arena_.data();
   step_.partials = (float*)partials_.data();
   step_.partial_counts = partial_counts_.get();
@@ -94,6 +97,13 @@ bool Executor::needs_barrier(const Op& op) const {
 }
 
 void Executor::check(const BatchView& b) const {
+  check_requests(b);
+  check_rows(b);
+  check_blocks(b);
+  check_slots(b);
+}
+
+void Executor::check_requests(const BatchView& b) const {
   if (b.tokens < 1 || b.tokens > config_.max_tokens) refuse("a step must hold 1 to max_tokens tokens");
   if (b.sampled < 0 || b.sampled > config_.max_sampled) refuse("more rows to sample than the plan was built for");
   if (b.requests < 1 || b.requests > config_.num_slots) refuse("more requests than slots");
@@ -115,13 +125,51 @@ void Executor::check(const BatchView& b) const {
     if (b.positions[begin] < 0 || b.positions[end - 1] >= limit) refuse("position outside the block table");
     if (b.context_lens[r] != b.positions[end - 1] + 1) refuse("context_lens must be the last position plus one");
   }
-  for (int i = 0; i < b.sampled; i++)
+}
+
+void Executor::check_rows(const BatchView& b) const {
+  for (int i = 0; i < b.sampled; i++) {
     if (b.sample_rows[i] < 0 || b.sample_rows[i] >= b.tokens) refuse("sample row out of range");
+    if (i > 0 && b.sample_rows[i] <= b.sample_rows[i - 1]) refuse("sample rows must ascend");
+    const SamplingRow& row = b.sampling[i];
+    if (row.target < kPool || row.target > config_.vocab) refuse("target must be POOL, 0, or 1 + a token");
+    if (row.target != 0 && row.masked) refuse("a row that is scored or pooled takes no token mask");
+    if (row.target == kPool && hidden_size == 0) refuse("this plan has no final norm whose rows could be pooled");
+  }
+}
+
+void Executor::check_blocks(const BatchView& b) const {
   for (int i = 0; i < b.updates; i++) {
     const int32_t* u = b.block_updates + 3 * i;
     if (u[0] < 0 || u[0] >= config_.num_slots || u[1] < 0 || u[1] >= config_.max_blocks_per_slot || u[2] < 0 ||
         u[2] >= config_.num_blocks)
       refuse("block update out of range");
+  }
+  if (b.copies == 0) return;
+  enum : uint8_t { Unused, Read, Written };
+  std::vector<uint8_t> use((size_t)config_.num_blocks, Unused);
+  for (int i = 0; i < 2 * b.copies; i++)
+    if (b.block_copies[i] < 0 || b.block_copies[i] >= config_.num_blocks) refuse("block copy out of range");
+  for (int i = 0; i < b.copies; i++) use[(size_t)b.block_copies[2 * i]] = Read;
+  for (int i = 0; i < b.copies; i++) {  // copies run side by side: their order must not matter
+    uint8_t& destination = use[(size_t)b.block_copies[2 * i + 1]];
+    if (destination != Unused) refuse("a block that is copied to may be no other copy's source or destination");
+    destination = Written;
+  }
+}
+
+void Executor::check_slots(const BatchView& b) const {
+  std::vector<int> known((size_t)config_.num_slots, -1);  // length of the log of slots that start
+  for (const SlotStart& start : *b.slot_starts) {
+    start.check(config_.num_slots, config_.vocab);
+    if (known[(size_t)start.slot] >= 0) refuse("a slot may start once in a step");
+    known[(size_t)start.slot] = start.asks_nothing() ? INT_MAX : (int)start.tokens.size();
+  }
+  for (int r = 0; r < b.requests; r++) {
+    const size_t slot = (size_t)b.slots[r];
+    const int length = known[slot] >= 0 ? known[slot] : slot_states_[slot] ? slot_states_[slot]->length() : INT_MAX;
+    if (b.positions[b.query_starts[r]] > length)
+      refuse("a slot with sampling state skips positions: its SlotStart must bring the tokens in the cache");
   }
 }
 
@@ -192,6 +240,8 @@ void Executor::launch(const BatchView& b) {
   token_ids_.assign(b.token_ids, b.token_ids + b.tokens);
   positions_.assign(b.positions, b.positions + b.tokens);
   slots_.assign(b.slots, b.slots + b.requests);
+  query_ends_.assign(b.query_starts + 1, b.query_starts + b.requests + 1);
+  block_copies_.assign(b.block_copies, b.block_copies + 2 * b.copies);
   sample_rows_.assign(b.sample_rows, b.sample_rows + b.sampled);
   sampling_.assign(b.sampling, b.sampling + b.sampled);
   request_of_.resize((size_t)b.tokens);
@@ -205,10 +255,10 @@ void Executor::launch(const BatchView& b) {
       if (token_ids_[(size_t)t] < 0) token_ids_[(size_t)t] = last_token_[(size_t)b.slots[r]];
     }
   }
+  take_tokens(b);
   extend_rope(longest);
   plan_attention(b);
-  num_top_ = 0;
-  for (const SamplingRow& row : sampling_) num_top_ = std::max(num_top_, std::min(row.num_logprobs, config_.vocab));
+  plan_sampling(b);
   step_.tokens = b.tokens;
   step_.sampled = b.sampled;
   step_.requests = b.requests;
@@ -220,10 +270,63 @@ void Executor::launch(const BatchView& b) {
   step_.sample_rows = sample_rows_.data();
   step_.block_tables = tables_.data();
   tokens_.assign((size_t)b.sampled, -1);
+  accepted_.assign((size_t)b.sampled, 1);
   logprobs_.assign((size_t)b.sampled, NAN);
   top_ids_.assign((size_t)b.sampled * num_top_, -1);
   top_logprobs_.assign((size_t)b.sampled * num_top_, NAN);
   run_ops();
+  if (std::none_of(sampling_.begin(), sampling_.end(), [](const SamplingRow& row) { return row.masked != 0; })) settle();
+}
+
+// Slots with a new owner start, and the logs of those with state take the tokens of this step.
+void Executor::take_tokens(const BatchView& b) {
+  for (const SlotStart& start : *b.slot_starts) {
+    auto& state = slot_states_[(size_t)start.slot];
+    state = start.asks_nothing() ? nullptr : std::make_unique<SlotState>(start);
+  }
+  for (int r = 0; r < b.requests; r++) {
+    const int begin = b.query_starts[r];
+    if (SlotState* state = slot_states_[(size_t)b.slots[r]].get())
+      state->feed(positions_[(size_t)begin], token_ids_.data() + begin, b.query_starts[r + 1] - begin);
+  }
+}
+
+void Executor::plan_sampling(const BatchView& b) {
+  num_top_ = pooled_ = 0;
+  hidden_rows_.assign((size_t)b.sampled, -1);
+  sampling_tasks_.clear();
+  int last_request = -1;
+  for (int i = 0; i < b.sampled; i++) {
+    const SamplingRow& row = sampling_[(size_t)i];
+    if (row.target == kPool) {
+      hidden_rows_[(size_t)i] = pooled_++;
+    } else {
+      num_top_ = std::max(num_top_, std::min(row.num_logprobs, config_.vocab));
+    }
+    const int request = request_of_[(size_t)sample_rows_[(size_t)i]];
+    if (request != last_request || !slot_states_[(size_t)slots_[(size_t)request]]) sampling_tasks_.push_back(i);
+    last_request = request;
+  }
+  sampling_tasks_.push_back(b.sampled);
+  wants_logits_ = pooled_ < b.sampled || pooled_ == 0;
+  hidden_.resize((size_t)pooled_ * (size_t)hidden_size);
+  step_.hidden = pooled_ ? hidden_.data() : nullptr;
+  step_.hidden_rows = hidden_rows_.data();
+}
+
+// Each thread copies some heads of some layers of every block.
+void Executor::copy_blocks(int thread) {
+  const KvCache& cache = step_.cache;
+  const int heads = config_.layers * config_.kv_heads, count = (int)block_copies_.size() / 2 * heads;
+  const int begin = (int)((long)count * thread / team_.size()), end = (int)((long)count * (thread + 1) / team_.size());
+  for (int i = begin; i < end; i++) {
+    const int32_t* blocks = &block_copies_[(size_t)(i / heads) * 2];
+    const int layer = i % heads / config_.kv_heads, head = i % config_.kv_heads;
+    const uint8_t* from = cache.keys(blocks[0], layer, head);
+    uint8_t* to = cache.keys(blocks[1], layer, head);
+    std::memcpy(to, from, cache.block_bytes());
+    std::memcpy(to + cache.run_bytes, from + cache.run_bytes, cache.block_bytes());
+  }
 }
 
 void Executor::list_read_blocks(const BatchView& b) {
@@ -233,8 +336,7 @@ void Executor::list_read_blocks(const BatchView& b) {
   for (int r = 0; step_.one_each && r < b.requests; r++) {
     for (int i = 0; i <= (b.context_lens[r] - 1) / kBlock; i++) {
       const int block = tables_[(size_t)r][i];
-      step_.read_blocks.push_back(step_.cache.base + (size_t)(block / kCluster) * step_.cache.cluster_bytes +
-                                  (size_t)(block % kCluster) * (step_.cache.run_bytes / kCluster));
+      step_.read_blocks.push_back(step_.cache.keys(block, 0, 0));
     }
     step_.read_starts.push_back((int32_t)step_.read_blocks.size());
   }
@@ -250,19 +352,24 @@ void Executor::run_ops() {
       op_seconds_[op] += t - last;
       last = t;
     };
-    for (size_t i = 0; i < ops_.size(); i++) {
+    if (!block_copies_.empty()) {
+      copy_blocks(thread);
+      team_.barrier();
+    }
+    const size_t end = wants_logits_ ? ops_.size() : std::min(head_, ops_.size());
+    for (size_t i = 0; i < end; i++) {
       ops_[i].run(step_, w);
       if (needs_barrier(ops_[i])) team_.barrier();
       lap(i);
     }
-    team_.share(w.shares++, step_.sampled, 1, [&](int begin, int end) {
-      for (int row = begin; row < end; row++)
+    team_.share(w.shares++, (int)sampling_tasks_.size() - 1, 1, [&](int task, int) {
+      for (int row = sampling_tasks_[(size_t)task]; row < sampling_tasks_[(size_t)task + 1]; row++)
         if (!sampling_[(size_t)row].masked) sample_row(row, nullptr, thread);
     });
+    if (profiling_) team_.barrier();
     lap(ops_.size());
   };
   team_.run(job);
-  remember_tokens();
 }
 
 void Executor::finish(const uint32_t* masks, int flagged) {
@@ -278,20 +385,26 @@ void Executor::finish(const uint32_t* masks, int flagged) {
     for (size_t w = 0; w + 1 < words; w++) any |= mask[w] != 0;
     if (!any) refuse("a token mask allows no token");
   }
+  std::vector<int> mask_of((size_t)step_.sampled, -1);
+  for (int i = 0; i < flagged; i++) mask_of[(size_t)rows[(size_t)i]] = i;
   std::function<void(int)> job = [&](int thread) {
-    team_.share(0, flagged, 1, [&](int begin, int end) {
-      for (int i = begin; i < end; i++) sample_row(rows[(size_t)i], masks + words * i, thread);
+    team_.share(0, (int)sampling_tasks_.size() - 1, 1, [&](int task, int) {
+      for (int row = sampling_tasks_[(size_t)task]; row < sampling_tasks_[(size_t)task + 1]; row++)
+        if (mask_of[(size_t)row] >= 0) sample_row(row, masks + words * mask_of[(size_t)row], thread);
     });
   };
   team_.run(job);
-  remember_tokens();
+  settle();
 }
 
 void Executor::sample_row(int row, const uint32_t* mask, int thread) {
   size_t i = (size_t)row, k = (size_t)num_top_;
+  if (sampling_[i].target == kPool) return;
   int token_row = sample_rows_[i];
   SampleArgs a{};
-  a.logits = logits(row);
+  a.logits = logits_at(row);
+  a.slot = slot_states_[(size_t)slots_[(size_t)request_of_[(size_t)token_row]]].get();
+  a.changes = &changes_[(size_t)thread];
   a.vocab = config_.vocab;
   a.row = &sampling_[i];
   a.position = positions_[(size_t)token_row] + 1;
@@ -305,10 +418,20 @@ void Executor::sample_row(int row, const uint32_t* mask, int thread) {
   kernels_->sample(a);
 }
 
-// In the order of the rows, so that of several rows of one slot the last counts.
-void Executor::remember_tokens() {
-  for (size_t i = 0; i < tokens_.size(); i++)
-    if (tokens_[i] >= 0) last_token_[(size_t)slots_[(size_t)request_of_[(size_t)sample_rows_[i]]]] = tokens_[i];
+// Which rows stand, and what their slots sampled last: once a row has sampled another token than the one fed after it
+// (a draft), later rows of its request saw what will never be. Scored and pooled rows always stand and change neither.
+void Executor::settle() {
+  int request = -1;
+  bool stands = true;
+  for (size_t i = 0; i < tokens_.size(); i++) {
+    const int row = sample_rows_[i];
+    if (request != request_of_[(size_t)row]) stands = true;
+    request = request_of_[(size_t)row];
+    if (sampling_[i].target != 0) continue;
+    accepted_[i] = stands;
+    if (stands && tokens_[i] >= 0) last_token_[(size_t)slots_[(size_t)request]] = tokens_[i];
+    if (row + 1 < query_ends_[(size_t)request] && token_ids_[(size_t)row + 1] != tokens_[i]) stands = false;
+  }
 }
 
 void Executor::set_profiling(bool on) {

@@ -2,6 +2,7 @@
 // Python between operators.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -9,6 +10,7 @@
 
 #include "memory.h"
 #include "pack.h"
+#include "slots.h"
 #include "step.h"
 
 namespace ridgeline {
@@ -30,7 +32,9 @@ struct BatchView {
   const int32_t *token_ids, *positions, *slots, *query_starts, *context_lens, *sample_rows;
   const SamplingRow* sampling;
   const int32_t* block_updates;  // [updates][3]
-  int tokens, requests, sampled, updates;
+  const int32_t* block_copies;   // [copies][2]
+  const std::vector<SlotStart>* slot_starts;
+  int tokens, requests, sampled, updates, copies;
 };
 
 class Executor {
@@ -50,11 +54,15 @@ class Executor {
   // Layers whose attention has been added so far: the next linear is followed by this one's.
   int attention_layers = 0;
   void set_logits(Buffer logits) { logits_ = logits; }
+  // Width of the final norm's rows, and the first operator that only serves the logits: left out where no row
+  // wants any.
+  int hidden_size = 0;
+  void set_head(size_t first_op) { head_ = first_op; }
 
   // Runs one step and samples its unflagged rows. Throws std::invalid_argument on a malformed batch, before anything
   // has changed, or, with the block tables updated, when a context reaches past its table.
   void launch(const BatchView& batch);
-  // Samples the rows flagged as masked: `masks` holds [flagged][ceil(vocab / 32)] words.
+  // Samples the rows flagged as masked (`masks` holds [flagged][ceil(vocab / 32)] words) and settles which rows stand.
   void finish(const uint32_t* masks, int flagged);
 
   int sampled() const { return step_.sampled; }
@@ -63,7 +71,11 @@ class Executor {
   const std::vector<float>& logprobs() const { return logprobs_; }
   const std::vector<int32_t>& top_ids() const { return top_ids_; }
   const std::vector<float>& top_logprobs() const { return top_logprobs_; }
-  const float* logits(int row) const { return (const float*)step_.at(logits_, (size_t)row); }
+  const std::vector<int32_t>& accepted() const { return accepted_; }
+  int pooled() const { return pooled_; }
+  const std::vector<float>& hidden() const { return hidden_; }
+  // Null where no row of the step wanted logits.
+  const float* logits(int row) const { return wants_logits_ ? logits_at(row) : nullptr; }
 
   // Seconds spent in each op (and in sampling, last) since profiling was switched on, on thread 0.
   void set_profiling(bool on);
@@ -73,12 +85,20 @@ class Executor {
 
  private:
   void check(const BatchView& batch) const;
+  void check_requests(const BatchView& batch) const;
+  void check_rows(const BatchView& batch) const;
+  void check_blocks(const BatchView& batch) const;
+  void check_slots(const BatchView& batch) const;
+  float* logits_at(int row) const { return (float*)step_.at(logits_, (size_t)row); }
   void update_block_tables(const BatchView& batch);
   void plan_attention(const BatchView& batch);
   void extend_rope(int positions);
   void list_read_blocks(const BatchView& batch);
+  void take_tokens(const BatchView& batch);
+  void plan_sampling(const BatchView& batch);
+  void copy_blocks(int thread);
   void run_ops();
-  void remember_tokens();
+  void settle();
   void sample_row(int row, const uint32_t* mask, int thread);
 
   ExecutorConfig config_;
@@ -99,15 +119,23 @@ class Executor {
   bool profiling_ = false;
   Buffer logits_;
   Step step_;
-  int rope_ready_ = 0, rope_capacity_ = 0, num_top_ = 0;
+  int rope_ready_ = 0, rope_capacity_ = 0, num_top_ = 0, pooled_ = 0;
+  size_t head_ = SIZE_MAX;
+  bool wants_logits_ = false;
   std::unique_ptr<std::atomic<int32_t>[]> partial_counts_;
   std::unique_ptr<std::atomic<uint32_t>[]> claims_;
   size_t claims_size_ = 0;
   std::vector<int32_t> block_tables_, last_token_, token_ids_, positions_, request_of_, sample_rows_, slots_;
   std::vector<const int32_t*> tables_;
   std::vector<SamplingRow> sampling_;
-  std::vector<int32_t> tokens_, top_ids_;
-  std::vector<float> logprobs_, top_logprobs_;
+  std::vector<int32_t> block_copies_, query_ends_;
+  // Per slot, null for those that ask for nothing beyond a row of sampling parameters.
+  std::vector<std::unique_ptr<SlotState>> slot_states_;
+  std::vector<std::vector<ChangedLogit>> changes_;  // per thread
+  // Rows sampled one after another by one thread: those of a slot with state, else a row alone. [tasks + 1] starts.
+  std::vector<int32_t> sampling_tasks_;
+  std::vector<int32_t> tokens_, accepted_, top_ids_, hidden_rows_;
+  std::vector<float> logprobs_, top_logprobs_, hidden_;
 };
 
 const Kernels* select_kernels(const std::string& isa);

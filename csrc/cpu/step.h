@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "packed.h"
+#include "slots.h"
 #include "team.h"
 
 namespace ridgeline {
@@ -38,8 +39,17 @@ struct KvCache {
   size_t layer_bytes = 0;  // of a cluster
   size_t run_bytes = 0;    // one head's keys (or values) in a cluster
   Dtype dtype = Dtype::BF16;
+
+  // The keys of one KV head in a block; its values follow run_bytes later.
+  uint8_t* keys(int block, int layer, int head) const;
+  size_t block_bytes() const;  // of those keys
 };
 inline constexpr int kCluster = 16;  // blocks
+inline size_t KvCache::block_bytes() const { return run_bytes / kCluster; }
+inline uint8_t* KvCache::keys(int block, int layer, int head) const {
+  return base + (size_t)(block / kCluster) * cluster_bytes + (size_t)layer * layer_bytes +
+         (size_t)head * 2 * run_bytes + (size_t)(block % kCluster) * block_bytes();
+}
 
 inline constexpr int kBlock = 16;         // tokens per KV block
 inline constexpr int kMaxHeadDim = 256;
@@ -55,6 +65,8 @@ struct Step {
   const int32_t* request_of = nullptr;      // [tokens]
   const int32_t* sample_rows = nullptr;     // [sampled]
   const int32_t* const* block_tables = nullptr;  // [requests]
+  float* hidden = nullptr;                  // [pooled rows][hidden size] of final hidden states; null: none wanted
+  const int32_t* hidden_rows = nullptr;     // [sampled]: where in `hidden` a row's goes, or -1
   std::vector<AttentionTask> attention;
   std::atomic<uint32_t>* attention_claims = nullptr;  // [attention][kv_heads]: the last operator that ran it
   uint32_t first_claim = 0;                           // plus the layer: this operator's mark, new in every step
@@ -88,6 +100,7 @@ struct NormArgs {
   Buffer x, delta, sum, out;
   bool has_delta = false;
   bool per_thread = false;  // a single row is computed by every thread, thread t's result in row t
+  bool is_final = false;    // its rows, in fp32, are the final hidden states
   const float* weight = nullptr;
   int32_t k = 0;
   float eps = 0;
@@ -147,20 +160,25 @@ struct SamplingRow {
 };
 static_assert(sizeof(SamplingRow) == 40);
 
+inline constexpr int32_t kPool = -1;  // SamplingRow::target of a row whose hidden state is wanted
+
 struct SampleArgs {
-  const float* logits;
+  float* logits;            // as they were again when the call is over
   int32_t vocab;
   const SamplingRow* row;
   int32_t position;         // of the token being sampled
   const uint32_t* mask;     // allowed tokens, or null
+  SlotState* slot;          // what changes the logits before anything else, or null
+  std::vector<ChangedLogit>* changes;  // scratch for those
   int32_t num_top;          // entries of top_ids / top_logprobs
   int32_t* token;
   float* logprob;
   int32_t* top_ids;
   float* top_logprobs;
-  uint8_t* scratch;         // kSampleScratch bytes per token of the vocabulary
+  uint8_t* scratch;         // sample_scratch_bytes
 };
-inline constexpr int kSampleScratch = 12;
+// Four arrays of 4-byte numbers, one for each token with room for a vector more, and the maxima of groups of 256.
+inline size_t sample_scratch_bytes(int vocab) { return 16 * ((size_t)vocab + 16) + 64 * ((size_t)vocab / 256 + 1); }
 
 // The kernels of one instruction set.
 struct Kernels {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ridgeline.graph.cost import Cost, Load, total
-from ridgeline.graph.ir import CacheSpec, Dim, Graph, Value, bound, row_bytes
+from ridgeline.graph.ir import CacheSpec, Dim, Graph, Node, Value, bound, row_bytes
 from ridgeline.graph.memory import Lifetime, place, row_stride
 from ridgeline.graph.ops import OPS
 from ridgeline.graph.passes import PassReport, run_passes
@@ -102,6 +102,20 @@ def compile(graph: Graph, target: Target) -> Plan:
         graph.outputs,
         tuple(reports),
     )
+
+
+def final_norm(graph: Graph) -> Node | None:
+    """The norm whose rows the LM head multiplies, a model's final hidden states; None: the graph has none such."""
+    made = {out: node for node in graph.nodes for out in node.outputs}
+    node = made.get(graph.outputs["logits"])
+    if node is not None and node.op == "select_rows":
+        node = made.get(node.inputs[0])
+    if node is None or node.op != "linear":
+        return None
+    node = made.get(node.inputs[0])
+    if node is not None and node.op == "quantize":
+        node = made.get(node.inputs[0])
+    return node if node is not None and node.op in ("rms_norm", "add_rms_norm") else None
 
 
 def plan_memory(graph: Graph) -> tuple[dict[int, Buffer], int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from invariance.small_models import BLOCKS, ISAS, SLOTS, executor
 
 from ridgeline.backends.cpu.executor import CpuExecutor
 from ridgeline.core.errors import ConfigError, ModelFileError, RidgelineError, UnsupportedError
-from ridgeline.core.types import SAMPLING_DTYPE, Batch, Ticket, TokenMasks
+from ridgeline.core.types import POOL, SAMPLING_DTYPE, Batch, SlotStart, Ticket, TokenMasks
 from ridgeline.graph.plan import compile
 from ridgeline.graph.target import cpu_target
 from ridgeline.models import llama
@@ -91,6 +92,24 @@ def i32(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
+def with_rows(batch: Batch, **fields: list[int]) -> Batch:
+    """The batch with other fields of its two sampling rows."""
+    sampling = batch.sampling.copy()
+    for name, values in fields.items():
+        sampling[name] = values
+    return replace(batch, sampling=sampling)
+
+
+def with_copies(batch: Batch, *pairs: tuple[int, int]) -> Batch:
+    """The batch with block copies."""
+    return replace(batch, block_copies=[i32(*(block for pair in pairs for block in pair)).reshape(-1, 2)])
+
+
+def asking(**changes: Any) -> SlotStart:
+    """A start of slot 0 that biases a token."""
+    return SlotStart(**{"slot": 0, "bias_ids": i32(7), "bias": np.ones(1, np.float32), **changes})
+
+
 MALFORMED: dict[str, Callable[[Batch], Batch]] = {
     "token id at the vocabulary's end": lambda b: replace(b, token_ids=i32(1, 2, 80, 4)),
     "huge token id": lambda b: replace(b, token_ids=i32(1, 2, 2**31 - 1, 4)),
@@ -119,6 +138,35 @@ MALFORMED: dict[str, Callable[[Batch], Batch]] = {
     "block that is not": lambda b: replace(b, block_updates=[i32(0, 0, SLOTS * BLOCKS).reshape(1, 3)]),
     "negative block": lambda b: replace(b, block_updates=[i32(0, 0, -1).reshape(1, 3)]),
     "no blocks at all": lambda b: replace(b, block_updates=[np.zeros((0, 3), np.int32)]),
+    "sample rows that descend": lambda b: replace(b, sample_rows=i32(3, 2)),
+    "a row sampled twice": lambda b: replace(b, sample_rows=i32(3, 3)),
+    "target past the vocabulary": lambda b: with_rows(b, target=[0, 81]),
+    "target that is nothing": lambda b: with_rows(b, target=[-2, 0]),
+    "a scored row under a mask": lambda b: with_rows(b, target=[0, 4], masked=[0, 1]),
+    "a pooled row under a mask": lambda b: with_rows(b, target=[POOL, 0], masked=[1, 0]),
+    "copy from a block that is not": lambda b: with_copies(b, (SLOTS * BLOCKS, 2)),
+    "copy to a negative block": lambda b: with_copies(b, (1, -1)),
+    "two copies into a block": lambda b: with_copies(b, (1, 3), (2, 3)),
+    "a chain of copies": lambda b: with_copies(b, (1, 2), (2, 3)),
+    "half a copy": lambda b: replace(b, block_copies=[i32(1, 2, 3)]),
+    "copies of a group that is not": lambda b: replace(b, block_copies=[i32(1, 2).reshape(1, 2)] * 2),
+    "start of a slot that is not": lambda b: replace(b, slot_starts=[SlotStart(SLOTS)]),
+    "two starts of a slot": lambda b: replace(b, slot_starts=[SlotStart(1), SlotStart(1)]),
+    "start with a gap": lambda b: replace(b, positions=i32(1, 2, 3, 0), context_lens=i32(4, 1), slot_starts=[asking()]),
+    "start with a token that is not": lambda b: replace(b, slot_starts=[asking(tokens=i32(80))]),
+    "negative prompt": lambda b: replace(b, slot_starts=[asking(prompt_len=-1)]),
+    "no repetition penalty": lambda b: replace(b, slot_starts=[asking(repetition_penalty=0.0)]),
+    "infinite repetition penalty": lambda b: replace(b, slot_starts=[asking(repetition_penalty=np.inf)]),
+    "presence penalty that is no number": lambda b: replace(b, slot_starts=[asking(presence_penalty=np.nan)]),
+    "infinite frequency penalty": lambda b: replace(b, slot_starts=[asking(frequency_penalty=-np.inf)]),
+    "biases too few": lambda b: replace(b, slot_starts=[asking(bias_ids=i32(1, 2))]),
+    "bias of a token that is not": lambda b: replace(b, slot_starts=[asking(bias_ids=i32(-1))]),
+    "infinite bias": lambda b: replace(b, slot_starts=[asking(bias=np.array([np.inf], np.float32))]),
+    "min_tokens below 0": lambda b: replace(b, slot_starts=[asking(min_tokens=-1)]),
+    "min_tokens id that is not": lambda b: replace(b, slot_starts=[asking(min_tokens_ids=i32(80))]),
+    "empty bad word": lambda b: replace(b, slot_starts=[asking(bad_words=((),))]),
+    "bad word that is not": lambda b: replace(b, slot_starts=[asking(bad_words=((1, 80),))]),
+    "bad words that are no tokens": lambda b: replace(b, slot_starts=[asking(bad_words="the")]),
     "no tokens": lambda b: replace(b, token_ids=i32(), positions=i32(), slots=i32(), query_starts=i32(0)),
 }
 

@@ -139,6 +139,8 @@ class NativeGraph:
             b.sample_rows,
             b.sampling,
             b.block_updates[0],
+            b.block_copies[0] if b.block_copies else np.zeros((0, 2), np.int32),
+            b.slot_starts,
         )
 
     def run(self, batch: Batch) -> np.ndarray:

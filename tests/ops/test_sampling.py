@@ -3,18 +3,15 @@ logits of token id t are row t of its table."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from ops.lone import LoneGraph, NativeGraph, batch_of, with_sampling
+from ops.sampling_rows import CLOSE, is_close_call, random_rows, rows_of
 
 from ridgeline.backends.cpu import _native
-from ridgeline.backends.reference.sampling import gumbel_noise, sample, survivors
-from ridgeline.core.types import SAMPLING_DTYPE
+from ridgeline.backends.reference.sampling import gumbel_noise, sample
 
 ISAS = _native.available_isas()
-CLOSE = 1e-4  # scores nearer than this may come out in either order: logs are fp32 natively, fp64 in the reference
 
 
 class Sampler:
@@ -34,56 +31,20 @@ class Sampler:
     def __call__(self, sampling: np.ndarray, first: int = 0, masks: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
         """(tokens, logprobs, top ids, top logprobs) of every row; row i is at position first + i."""
         self.native.launch(with_sampling(batch_of([(0, first, range(len(self.logits)))], self.updates), sampling))
-        result: tuple[np.ndarray, ...] = self.native.native.finish(masks)
-        return result
+        tokens, _, logprobs, top_ids, top_logprobs, _ = self.native.native.finish(masks)
+        return tokens, logprobs, top_ids, top_logprobs
 
 
-def rows_of(count: int, **values: Any) -> np.ndarray:
-    """Sampling parameters, vLLM's defaults but for ``values`` (scalars or one per row)."""
-    rows = np.zeros(count, SAMPLING_DTYPE)
-    rows["temperature"], rows["top_p"], rows["num_logprobs"] = 1.0, 1.0, -1
-    for name, value in values.items():
-        rows[name] = value
-    return rows
-
-
-def random_rows(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Parameters of every kind."""
-
-    def one_of(*choices: float) -> np.ndarray:
-        return rng.choice(choices, count)
-
-    return rows_of(
-        count,
-        seed=rng.integers(0, 2**64, count, np.uint64),
-        temperature=one_of(0.0, 0.05, 0.3, 1.0, 1.0, 2.0, 20.0),
-        top_k=one_of(-1, 0, 1, 2, 5, 50, 5000),
-        top_p=one_of(1.0, 1.0, 0.9, 0.5, 0.1, 1e-6),
-        min_p=one_of(0.0, 0.0, 0.01, 0.2, 1.0),
-        sample_index=rng.integers(0, 5, count),
-        num_logprobs=one_of(-1, 0, 1, 7),
-    )
-
-
-def is_close_call(logits: np.ndarray, row: Any, position: int, token: int, other: int, allowed: Any) -> bool:
-    """Whether rounding alone may decide between two tokens: by score, or by lying at the edge of a filter."""
-    masked = logits.astype(np.float64) if allowed is None else np.where(allowed, logits, -np.inf).astype(np.float64)
-    scaled = (masked - masked.max()) / float(row["temperature"])
-    score = scaled + gumbel_noise(int(row["seed"]), position, int(row["sample_index"]), len(logits))
-    if abs(score[token] - score[other]) < CLOSE:
-        return True
-    looser = survivors(scaled - 1e-6, int(row["top_k"]), min(1.0, float(row["top_p"]) * (1 + 1e-6)), 0.0)
-    looser &= scaled >= np.log(max(float(row["min_p"]), 1e-300)) - 1e-5
-    tighter = survivors(scaled, int(row["top_k"]), float(row["top_p"]) * (1 - 1e-6), float(row["min_p"]) * (1 + 1e-5))
-    return bool(looser[token] and looser[other] and not (tighter[token] and tighter[other]))
-
-
-@pytest.mark.parametrize("vocab", [64, 1003, 5000])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("vocab", [64, 255, 1003, 5000, 16001])
 @pytest.mark.parametrize("isa", ISAS)
-def test_agrees_with_the_reference(isa: str, vocab: int) -> None:
+def test_agrees_with_the_reference(isa: str, vocab: int, ties: bool) -> None:
+    """Vocabularies around the groups of 256 tokens whose maxima are noted; ``ties``: of few different logits."""
     rng = np.random.default_rng(vocab)
     count, differing = 60, 0
     logits = rng.standard_normal((count, vocab)).astype(np.float32) * rng.choice([1, 4, 12], (count, 1))
+    if ties:
+        logits = np.round(logits * 2) / 2
     sampler = Sampler(logits, isa)
     for first in (0, 4000):
         rows = random_rows(count, rng)
@@ -154,6 +115,20 @@ def test_ties_go_to_the_lower_id(isa: str) -> None:
     assert tokens.tolist() == [e.token for e in expected]
     assert tokens[:2].tolist() == [7, 7] and set(tokens[2:4]) <= {7, 19, 33} and tokens[4] == 7
     assert top_ids[0].tolist() == [7, 19, 33, 0, 1]
+
+
+@pytest.mark.parametrize("top_k", [0, 3000])
+@pytest.mark.parametrize("isa", ISAS)
+def test_top_p_ends_inside_a_large_tie_at_the_right_token(isa: str, top_k: int) -> None:
+    """4,000 equal logits, of which the first fifth survive: no other token may ever be drawn, and each of those can."""
+    logits = np.zeros((64, 4000), np.float32)
+    logits[:, 2000:] = [[0.0], [1e-30], [-1e-30], [-20.0]] * 16
+    kept = np.repeat([800, 800, 800, 400], 16).reshape(4, 16).T.ravel()
+    rows = rows_of(64, top_p=0.2, top_k=top_k, seed=np.arange(64))
+    tokens = Sampler(logits, isa)(rows)[0]
+    assert sum(tokens != [sample(logits[i], rows[i], i + 1).token for i in range(64)]) <= 1
+    tied = np.arange(64) % 4 != 1  # 1e-30 more is no tie: the upper half comes first
+    assert (tokens[tied] < kept[tied]).all() and (tokens[~tied] >= 2000).all() and (tokens[~tied] < 2800).all()
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

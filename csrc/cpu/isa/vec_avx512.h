@@ -93,4 +93,41 @@ inline F32 round_even(F32 x) { return _mm512_roundscale_ps(x, 0); }
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
 inline __attribute__((always_inline)) void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
+// Comparisons give one bit a lane; a NaN compares false.
+inline uint32_t at_least(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline uint32_t below(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+// x where a lane's bit is set, else other.
+inline F32 blend(uint32_t lanes, F32 x, F32 other) { return _mm512_mask_mov_ps(other, (Mask)lanes, x); }
+// a + b where a lane's bit is set, else a.
+inline F32 add_where(uint32_t lanes, F32 a, F32 b) { return _mm512_mask_add_ps(a, (Mask)lanes, a, b); }
+// Puts the chosen lanes side by side at p, which has room for all 16, and returns how many they are.
+inline int pack_f(float* p, uint32_t lanes, F32 x) {
+  store_f(p, _mm512_maskz_compress_ps((Mask)lanes, x));
+  return __builtin_popcount(lanes);
+}
+inline int pack_i(int32_t* p, uint32_t lanes, I32 x) {
+  store_i(p, _mm512_maskz_compress_epi32((Mask)lanes, x));
+  return __builtin_popcount(lanes);
+}
+inline I32 xor_i(I32 a, I32 b) { return _mm512_xor_si512(a, b); }
+inline I32 sub_i(I32 a, I32 b) { return _mm512_sub_epi32(a, b); }
+template <int kBits>
+inline I32 shift_right(I32 a) { return _mm512_srli_epi32(a, kBits); }
+// Both halves of the 64-bit products of unsigned lanes.
+inline void mul_wide(I32 a, uint32_t by, I32& high, I32& low) {
+  const I32 b = splat_i((int32_t)by);
+  const I32 even = _mm512_mul_epu32(a, b), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), b);
+  low = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+}
+// Lanes as 4 x 4: lane 4 i + j of vector m becomes lane 4 i + m of vector j.
+inline void transpose4(I32 (&w)[4]) {
+  const I32 a = _mm512_unpacklo_epi32(w[0], w[1]), b = _mm512_unpackhi_epi32(w[0], w[1]);
+  const I32 c = _mm512_unpacklo_epi32(w[2], w[3]), d = _mm512_unpackhi_epi32(w[2], w[3]);
+  w[0] = _mm512_unpacklo_epi64(a, c);
+  w[1] = _mm512_unpackhi_epi64(a, c);
+  w[2] = _mm512_unpacklo_epi64(b, d);
+  w[3] = _mm512_unpackhi_epi64(b, d);
+}
+
 }  // namespace ridgeline::RL_ISA

@@ -152,4 +152,42 @@ inline F32 scale_by_power(F32 x, F32 n) {
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
 inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p); }
 
+inline uint32_t lane_bits(I32 chosen) {  // -1 or 0 a lane
+  uint32_t b = 0;
+  for (int i = 0; i < 16; i++) b |= (uint32_t)(chosen[i] & 1) << i;
+  return b;
+}
+inline uint32_t at_least(F32 a, F32 b) { return lane_bits(a >= b); }
+inline uint32_t below(F32 a, F32 b) { return lane_bits(a < b); }
+inline F32 blend(uint32_t lanes, F32 x, F32 other) {
+  for (int i = 0; i < 16; i++) other[i] = lanes >> i & 1 ? x[i] : other[i];
+  return other;
+}
+inline F32 add_where(uint32_t lanes, F32 a, F32 b) { return blend(lanes, a + b, a); }
+template <class T, class V>
+inline int pack_lanes(T* p, uint32_t lanes, V x) {
+  int n = 0;
+  for (; lanes; lanes &= lanes - 1) p[n++] = x[__builtin_ctz(lanes)];
+  return n;
+}
+inline int pack_f(float* p, uint32_t lanes, F32 x) { return pack_lanes(p, lanes, x); }
+inline int pack_i(int32_t* p, uint32_t lanes, I32 x) { return pack_lanes(p, lanes, x); }
+inline I32 xor_i(I32 a, I32 b) { return a ^ b; }
+inline I32 sub_i(I32 a, I32 b) { return (I32)((U32)a - (U32)b); }
+template <int kBits>
+inline I32 shift_right(I32 a) { return (I32)((U32)a >> kBits); }
+inline void mul_wide(I32 a, uint32_t by, I32& high, I32& low) {
+  for (int i = 0; i < 16; i++) {
+    const uint64_t product = (uint64_t)(uint32_t)a[i] * by;
+    high[i] = (int32_t)(product >> 32);
+    low[i] = (int32_t)product;
+  }
+}
+inline void transpose4(I32 (&w)[4]) {
+  I32 r[4];
+  for (int m = 0; m < 4; m++)
+    for (int i = 0; i < 16; i++) r[i % 4][i / 4 * 4 + m] = w[m][i];
+  for (int m = 0; m < 4; m++) w[m] = r[m];
+}
+
 }  // namespace ridgeline::RL_ISA

@@ -19,8 +19,7 @@ inline constexpr size_t query_bytes(Dtype cache) { return cache == Dtype::BF16 ?
 
 // The keys of one KV head in a block; its values follow run_bytes later.
 inline uint8_t* keys_at(const KvCache& c, int block, int layer, int head) {
-  return c.base + (size_t)(block / kCluster) * c.cluster_bytes + (size_t)layer * c.layer_bytes +
-         (size_t)head * 2 * c.run_bytes + (size_t)(block % kCluster) * (c.run_bytes / kCluster);
+  return c.keys(block, layer, head);
 }
 
 inline void rotate(float* out, const float* in, const float* cos, const float* sin, int half) {

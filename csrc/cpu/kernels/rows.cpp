@@ -91,13 +91,21 @@ void norm(const NormArgs& a, const Step& s, Worker& w) {
   auto row = [&](int r, float* sum, uint8_t* out) {
     norm_row(a, (const float*)s.at(a.x, r), a.has_delta ? (const float*)s.at(a.delta, r) : nullptr, sum, y, out);
   };
+  auto hand_out = [&](int r) {
+    if (s.hidden_rows[r] >= 0) std::memcpy(s.hidden + (size_t)s.hidden_rows[r] * a.k, y, 4 * (size_t)a.k);
+  };
+  const bool pools = a.is_final && s.hidden;
   const int rows = s.rows(a.rows);
   if (rows == 1 && a.per_thread) {
     row(0, w.thread == 0 && a.has_delta ? (float*)s.at(a.sum, 0) : spare, s.at(a.out, w.thread));
+    if (pools && w.thread == 0) hand_out(0);
     return;
   }
   w.team.own(w.thread, rows, [&](int begin, int end) {
-    for (int r = begin; r < end; r++) row(r, a.has_delta ? (float*)s.at(a.sum, r) : nullptr, s.at(a.out, r));
+    for (int r = begin; r < end; r++) {
+      row(r, a.has_delta ? (float*)s.at(a.sum, r) : nullptr, s.at(a.out, r));
+      if (pools) hand_out(r);
+    }
   });
 }
 

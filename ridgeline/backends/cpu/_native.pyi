@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ridgeline.core.types import SlotStart
+
 _Place = tuple[int, int]
 
 class PackedMatrix:
@@ -22,6 +24,7 @@ class Executor:
         interleave: int,
     ) -> tuple[PackedMatrix, int]: ...
     def set_logits(self, place: _Place) -> None: ...
+    def set_head(self, first_op: int) -> None: ...
     def launch(
         self,
         token_ids: npt.NDArray[np.int32],
@@ -32,10 +35,19 @@ class Executor:
         sample_rows: npt.NDArray[np.int32],
         sampling: npt.NDArray[np.void],
         block_updates: npt.NDArray[np.int32],
+        block_copies: npt.NDArray[np.int32],
+        slot_starts: Sequence[SlotStart],
     ) -> None: ...
     def finish(
         self, masks: npt.NDArray[np.uint32] | None
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]: ...
+    ) -> tuple[
+        npt.NDArray[np.int32],
+        npt.NDArray[np.int32],
+        npt.NDArray[np.float32],
+        npt.NDArray[np.int32],
+        npt.NDArray[np.float32],
+        npt.NDArray[np.float32],
+    ]: ...
     def logits(self) -> npt.NDArray[np.float32]: ...
     def set_profiling(self, on: bool) -> None: ...
     def op_names(self) -> list[str]: ...
@@ -57,6 +69,7 @@ class Executor:
         dtype: str,
         rows: str,
         per_thread: bool,
+        is_final: bool,
     ) -> None: ...
     def add_quantize(self, name: str, x: _Place, out: _Place, k: int, dtype: str, rows: str) -> None: ...
     def add_linear(

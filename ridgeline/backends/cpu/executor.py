@@ -16,6 +16,7 @@ from ridgeline.graph.plan import Plan
 from ridgeline.weights.tensor import WeightTensor
 
 NO_UPDATES = np.zeros((0, 3), np.int32)
+NO_COPIES = np.zeros((0, 2), np.int32)
 
 
 class StoredWeight(Protocol):
@@ -131,14 +132,17 @@ class CpuExecutor:
 
     @property
     def last_logits(self) -> Float32:
-        """[S, vocab] of the last step."""
+        """[S, vocab] of the last step; NaN where it only pooled."""
         return self.native.logits()
 
     def launch(self, batch: Batch) -> Ticket:
         """Runs a step. Raises RidgelineError when the last one is not finished or the batch is malformed."""
         if self._open is not None:
             raise RidgelineError("the CPU executor runs one step at a time: finish the open ticket first")
+        if max(len(batch.block_updates), len(batch.block_copies)) > 1:
+            raise RidgelineError("malformed batch: block updates and copies of more groups than the model has")
         updates = batch.block_updates[0] if batch.block_updates else NO_UPDATES
+        copies = batch.block_copies[0] if batch.block_copies else NO_COPIES
         try:
             self.native.launch(
                 batch.token_ids,
@@ -149,8 +153,10 @@ class CpuExecutor:
                 batch.sample_rows,
                 batch.sampling,
                 updates,
+                copies,
+                batch.slot_starts,
             )
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError) as error:  # pybind11's own for a value of another type
             raise RidgelineError(f"malformed batch: {error}") from None
         self._count += 1
         self._open = Ticket(self._count)
@@ -162,10 +168,9 @@ class CpuExecutor:
             raise RidgelineError(f"ticket {ticket.number} is not open: finish each ticket exactly once")
         self._open = None
         try:
-            tokens, logprobs, top_ids, top_logprobs = self.native.finish(None if masks is None else masks.bits)
+            return StepOutput(*self.native.finish(None if masks is None else masks.bits))
         except ValueError as error:
             raise RidgelineError(str(error)) from None
-        return StepOutput(tokens, np.ones(len(tokens), np.int32), logprobs, top_ids, top_logprobs)
 
 
 def _geometry(plan: Plan) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ridgeline.backends.cpu import _native
 from ridgeline.core.errors import UnsupportedError
 from ridgeline.core.types import Float32
 from ridgeline.graph.ir import Sym, Value, bound
-from ridgeline.graph.plan import Plan, PlanOp
+from ridgeline.graph.plan import Plan, PlanOp, final_norm
 
 Place = tuple[int, int]
 
@@ -41,6 +41,8 @@ class Lowering:
     ) -> None:
         self._plan, self._native, self._matrices, self._weights = plan, native, matrices, weights
         self._ops = [op for segment in plan.segments for op in segment.ops]
+        final = final_norm(plan.graph)
+        self._final_norm = final if final and _rows(final.outputs[-1]) == "S" else None
 
     def run(self) -> None:
         """Raises UnsupportedError for an operator without a native kernel."""
@@ -52,7 +54,10 @@ class Lowering:
                 method(op, op.outputs[0].name or op.op)
             except ValueError as error:
                 raise UnsupportedError(f"operator {op.op!r}: {error}") from None
-        self._native.set_logits(self._place(self._plan.outputs["logits"]))
+        logits = self._plan.outputs["logits"]
+        self._native.set_logits(self._place(logits))
+        if self._final_norm and self._ops[-1].op == "linear" and logits in self._ops[-1].outputs:
+            self._native.set_head(len(self._ops) - 1)
 
     def _place(self, value: Value) -> Place:
         buffer = self._plan.buffers[value.id]
@@ -88,6 +93,7 @@ class Lowering:
             out.dtype,
             _rows(out),
             self._is_per_thread(out),
+            self._final_norm is not None and out in self._final_norm.outputs,
         )
 
     def _is_per_thread(self, value: Value) -> bool:

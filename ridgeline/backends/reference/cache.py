@@ -68,6 +68,17 @@ class StepContext:
         return np.repeat(self.slots, np.diff(self.query_starts)).astype(np.int64)
 
 
+def copy_blocks(cache: PagedCache, copies: Int32) -> None:
+    """Copies whole blocks in place: ``copies`` is [N, 2], source and destination ids, all read before any is written.
+
+    Raises ValueError when a destination is also another copy's destination or a source.
+    """
+    source, destination = copies[:, 0], copies[:, 1]
+    if len({*destination.tolist()} | {*source.tolist()}) != len(destination) + len({*source.tolist()}):
+        raise ValueError("a block that is copied to may be no other copy's source or destination")
+    cache.k[destination], cache.v[destination] = cache.k[source], cache.v[source]
+
+
 def write(cache: PagedCache, k: Array, v: Array, context: StepContext) -> PagedCache:
     """Stores each token's keys and values ([T, num_kv_heads * head_dim]), rounded, in place."""
     size, shape = cache.k.shape[1], (len(k), *cache.k.shape[2:])

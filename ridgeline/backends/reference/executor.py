@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from ridgeline.backends.reference.cache import PagedCache, StepContext
+from ridgeline.backends.reference.cache import PagedCache, StepContext, copy_blocks
 from ridgeline.backends.reference.numerics import Array
 from ridgeline.backends.reference.ops import run_op
-from ridgeline.backends.reference.sampling import Sampled, sample
-from ridgeline.core.types import Batch, Int32, StepOutput, Ticket, TokenMasks
+from ridgeline.backends.reference.sampling import NO_TOKEN, Sampled, sample
+from ridgeline.backends.reference.slots import SlotLog, adjusted
+from ridgeline.core.types import POOL, Batch, Int32, StepOutput, Ticket, TokenMasks
 from ridgeline.graph.ir import Graph, Value, WeightInfo
-from ridgeline.graph.plan import Plan
+from ridgeline.graph.plan import Plan, final_norm
 
 
 class HasValues(Protocol):
@@ -37,8 +38,11 @@ def weight_array(info: WeightInfo, weights: Mapping[str, HasValues], dtype: Any)
 @dataclass
 class _Step:
     batch: Batch
+    tokens: Int32  # [T], -1 resolved
     logits: Array
+    hidden: Array  # [S, hidden size]; empty unless rows are pooled
     sampled: list[Sampled | None]
+    accepted: Int32
 
 
 class ReferenceExecutor:
@@ -79,6 +83,8 @@ class ReferenceExecutor:
         self._caches = {v: self._empty_cache(v, num_blocks) for v in self.graph.inputs.values() if v.cache}
         self._tables: list[Int32] = [np.zeros((num_slots, max_blocks_per_slot), np.int32) for _ in num_blocks]
         self._last_token = np.zeros(num_slots, np.int32)
+        self._logs: dict[int, SlotLog] = {}
+        self._final_norm = final_norm(self.graph)
         self._steps: dict[int, _Step] = {}
         self._launched = 0
         self._dead_after = _dead_after(self.graph)
@@ -96,12 +102,21 @@ class ReferenceExecutor:
         """Runs a step and samples every row not flagged as masked."""
         for table, updates in zip(self._tables, batch.block_updates, strict=True):
             table[updates[:, 0], updates[:, 1]] = updates[:, 2]
-        logits = self._run(batch)
+        for cache in self._caches.values():
+            if batch.block_copies:
+                copy_blocks(cache, batch.block_copies[cache.group])
+        context = StepContext.of(batch, self._tables)
+        tokens = np.where(batch.token_ids < 0, self._last_token[context.token_slots()], batch.token_ids)
+        self._feed_logs(batch, tokens)
+        logits, hidden = self._run(batch, tokens, context)
         self.last_logits = logits
-        step = _Step(batch, logits, [None] * len(batch.sample_rows))
-        for i in range(len(batch.sample_rows)):
+        rows = len(batch.sample_rows)
+        step = _Step(batch, tokens, logits, hidden, [None] * rows, np.ones(rows, np.int32))
+        for i in range(rows):
             if not batch.sampling[i]["masked"]:
                 self._sample(step, i, None)
+        for request in range(len(batch.slots)):
+            self._settle(step, request, pending=False)
         self._launched += 1
         self._steps[self._launched] = step
         return Ticket(self._launched)
@@ -123,30 +138,74 @@ class ReferenceExecutor:
             assert masks is not None
             bits = np.unpackbits(masks.bits[i].astype("<u4").view(np.uint8), bitorder="little")
             self._sample(step, row, bits[: step.logits.shape[1]].astype(bool))
-        return _output([s for s in step.sampled if s is not None])
+        for request in range(len(step.batch.slots)):
+            self._settle(step, request, pending=True)
+        output = _output([s for s in step.sampled if s is not None])
+        pooled = step.hidden[step.batch.sampling["target"] == POOL]
+        return replace(output, accepted=step.accepted, hidden=pooled.astype(np.float32))
+
+    def _feed_logs(self, batch: Batch, tokens: Int32) -> None:
+        for start in batch.slot_starts:
+            self._logs[start.slot] = SlotLog(start)
+        for b, slot in enumerate(batch.slots):
+            if int(slot) in self._logs:
+                first, end = batch.query_starts[b], batch.query_starts[b + 1]
+                self._logs[int(slot)].feed(int(batch.positions[first]), tokens[first:end])
 
     def _sample(self, step: _Step, i: int, allowed: Any) -> None:
         batch = step.batch
-        row = int(batch.sample_rows[i])
-        step.sampled[i] = result = sample(step.logits[i], batch.sampling[i], int(batch.positions[row]) + 1, allowed)
-        request = int(np.searchsorted(batch.query_starts, row, side="right")) - 1
-        self._last_token[batch.slots[request]] = result.token
+        row, params = int(batch.sample_rows[i]), batch.sampling[i]
+        if params["target"] == POOL:
+            step.sampled[i] = NO_TOKEN
+            return
+        next_position = int(batch.positions[row]) + 1
+        log = self._logs.get(int(batch.slots[self._request_of(batch, row)]))
+        changed = None if log is None else adjusted(step.logits[i], log.start, log.tokens[:next_position])
+        step.sampled[i] = sample(step.logits[i], params, next_position, allowed, changed)
 
-    def _run(self, batch: Batch) -> Array:
-        """The step's logits: [S, vocab]."""
-        context = StepContext.of(batch, self._tables)
-        tokens = np.where(batch.token_ids < 0, self._last_token[context.token_slots()], batch.token_ids)
+    @staticmethod
+    def _request_of(batch: Batch, row: int) -> int:
+        return int(np.searchsorted(batch.query_starts, row, side="right")) - 1
+
+    def _settle(self, step: _Step, request: int, pending: bool) -> None:
+        """Decides which rows of a request stand and what its slot sampled last, once all of them are sampled;
+        ``pending``: only if some had to wait for a mask."""
+        batch, end = step.batch, int(step.batch.query_starts[request + 1])
+        rows = [i for i, r in enumerate(batch.sample_rows) if self._request_of(batch, int(r)) == request]
+        if any(batch.sampling[i]["masked"] for i in rows) != pending:
+            return
+        stands = True
+        for i in rows:
+            if batch.sampling[i]["target"] != 0:
+                continue
+            sampled, after = step.sampled[i], int(batch.sample_rows[i]) + 1
+            assert sampled is not None
+            step.accepted[i] = stands
+            if stands and sampled.token >= 0:
+                self._last_token[batch.slots[request]] = sampled.token
+            stands = stands and (after >= end or int(step.tokens[after]) == sampled.token)
+
+    def _run(self, batch: Batch, tokens: Int32, context: StepContext) -> tuple[Array, Array]:
+        """The step's logits [S, vocab] and, if rows are pooled, final hidden states [S, hidden size]."""
+        pools = bool((batch.sampling["target"] == POOL).any())
+        if pools and self._final_norm is None:
+            raise ValueError("this graph has no final norm whose rows could be pooled")
+        hidden: Array = np.empty((len(batch.sample_rows), 0))
         arrays = {"token_ids": tokens, "positions": batch.positions, "sample_rows": batch.sample_rows, **batch.extras}
         live: dict[Value, Any] = {v: arrays[name] for name, v in self.graph.inputs.items() if not v.cache}
         live.update(self._caches)
         for step, node in enumerate(self.graph.nodes):
             inputs = [self._weights[v] if v.dtype == "weight" else live[v] for v in node.inputs]
             outputs = run_op(node.op, inputs, node.attrs, self._dtype, context)
+            if pools and node is self._final_norm:
+                hidden = run_op(node.op, inputs, {**node.attrs, "quantize": None}, self._dtype, context)[-1]
+                if node.outputs[-1].shape[0] != self.graph.inputs["sample_rows"].shape[0]:
+                    hidden = hidden[batch.sample_rows]
             live.update(zip(node.outputs, outputs, strict=True))
             for value in self._dead_after[step]:
                 live.pop(value, None)
         logits: Array = live[self.graph.outputs["logits"]].astype(np.float32)
-        return logits
+        return logits, hidden
 
 
 def _dead_after(graph: Graph) -> list[list[Value]]:

@@ -51,7 +51,7 @@ def quantize_q8(x: Array) -> Q8:
 
     ``x`` is [rows, K] with K a multiple of 32. A group of zeros has scale 0 and codes 0.
     """
-    groups = x.astype(np.float32).reshape(x.shape[0], -1, Q8_GROUP)
+    groups = x.astype(np.float32).reshape(x.shape[0], x.shape[1] // Q8_GROUP, Q8_GROUP)
     amax = np.abs(groups).max(axis=2)
     scales = amax / np.float32(127)
     inverse = np.zeros_like(amax)

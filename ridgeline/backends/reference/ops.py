@@ -103,8 +103,9 @@ def _silu(x: Array) -> Array:
 
 def _halves(x: Array, step: int = INTERLEAVE) -> tuple[Array, Array]:
     """Gate and up of alternating columns."""
-    blocks = x.reshape(x.shape[0], -1, 2, step)
-    return blocks[:, :, 0].reshape(x.shape[0], -1), blocks[:, :, 1].reshape(x.shape[0], -1)
+    width = x.shape[1] // 2  # spelled out: a step may have no sampled rows
+    blocks = x.reshape(x.shape[0], width // step, 2, step)
+    return blocks[:, :, 0].reshape(x.shape[0], width), blocks[:, :, 1].reshape(x.shape[0], width)
 
 
 def _linear(call: _Call) -> tuple[Any, ...]:

@@ -83,25 +83,46 @@ class Sampled:
     top_logprobs: npt.NDArray[np.float32]
 
 
+NO_TOKEN = Sampled(-1, float("nan"), np.empty(0, np.int32), np.empty(0, np.float32))
+"""Of a row that has none: pooled, not a number, or with every token ruled out."""
+
+
 def sample(
-    logits: npt.NDArray[Any], params: Any, position: int, allowed: npt.NDArray[np.bool_] | None = None
+    logits: npt.NDArray[Any],
+    params: Any,
+    position: int,
+    allowed: npt.NDArray[np.bool_] | None = None,
+    adjusted: npt.NDArray[np.float32] | None = None,
 ) -> Sampled:
-    """Samples one row.
+    """Samples one row, or scores its target.
 
     Args:
         logits: [vocab] float32.
-        params: a scalar of ``core.types.SAMPLING_DTYPE``.
+        params: a scalar of ``core.types.SAMPLING_DTYPE`` whose target is not POOL.
         position: in the sequence, of the token being sampled.
-        allowed: [vocab] tokens a mask allows; None: all. Log probabilities do not see it.
+        allowed: [vocab] tokens a mask allows; None: all.
+        adjusted: [vocab] logits after penalties and the like (``slots.adjusted``); None: the logits themselves.
+            Log probabilities see neither.
+
+    Returns:
+        The token, -1 where logits are NaN or infinite, or where nothing may be sampled.
 
     Raises:
         ValueError: the mask allows nothing.
     """
     raw = logits.astype(np.float64)
-    masked = raw if allowed is None else np.where(allowed, raw, -np.inf)
+    if allowed is not None and not allowed.any():
+        raise ValueError("the token mask allows no token")
+    if not np.isfinite(raw).all():
+        return NO_TOKEN
+    if params["target"] > 0:
+        return _with_logprobs(int(params["target"]) - 1, raw, max(int(params["num_logprobs"]), 0))
+    masked = raw if adjusted is None else adjusted.astype(np.float64)
+    if allowed is not None:
+        masked = np.where(allowed, masked, -np.inf)
     largest = masked.max()
     if largest == -np.inf:
-        raise ValueError("the token mask allows no token")
+        return NO_TOKEN
     temperature = float(params["temperature"])
     if temperature == 0.0:
         token = int(np.argmax(masked))
@@ -110,7 +131,12 @@ def sample(
         keep = survivors(scaled, int(params["top_k"]), float(params["top_p"]), float(params["min_p"]))
         noise = gumbel_noise(int(params["seed"]), position, int(params["sample_index"]), len(raw))
         token = int(np.argmax(np.where(keep, scaled + noise, -np.inf)))
-    count = min(int(params["num_logprobs"]), len(raw))
+    return _with_logprobs(token, raw, int(params["num_logprobs"]))
+
+
+def _with_logprobs(token: int, raw: Float64, count: int) -> Sampled:
+    """The token with its log probability and the ``count`` best, or with neither for a count below 0."""
+    count = min(count, len(raw))
     if count < 0:
         return Sampled(token, float("nan"), np.empty(0, np.int32), np.empty(0, np.float32))
     logprobs = raw - raw.max() - np.log(np.exp(raw - raw.max()).sum())
