@@ -109,13 +109,13 @@ def test_chat_answers_each_line_with_what_was_said_before(smollm2_path: Path) ->
     result = subprocess.run(
         [*COMMAND, "chat", "smollm2", "-n", "12", "--temperature", "0"],
         cwd=ROOT,
-        input="What is the capital of France?\nAnd of Italy?\n",
+        input="Which city is the capital of Japan?\nAnd of Italy?\n",  # answers far ahead of the next best
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert "Paris" in result.stdout and "Rome" in result.stdout
+    assert "Tokyo" in result.stdout and "Rome" in result.stdout
 
 
 def test_chat_goes_on_after_a_message_that_does_not_fit(smollm2_path: Path) -> None:
