@@ -120,16 +120,16 @@ def test_chat_answers_each_line_with_what_was_said_before(smollm2_path: Path) ->
 
 def test_chat_goes_on_after_a_message_that_does_not_fit(smollm2_path: Path) -> None:
     result = subprocess.run(
-        [*COMMAND, "chat", "smollm2", "-n", "6", "--temperature", "0", "--max-model-len", "80"],
+        [*COMMAND, "chat", "smollm2", "-n", "8", "--temperature", "0", "--max-model-len", "80"],
         cwd=ROOT,
-        input="word " * 90 + "\nWhat is the capital of France?\n",
+        input="word " * 90 + "\nWhich city is the capital of Japan?\n",
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert result.returncode == 0
     assert re.fullmatch(r"error: the prompt has \d+ tokens and the context is 80: [^\n]+\n", result.stderr)
-    assert "Paris" in result.stdout
+    assert "Tokyo" in result.stdout
 
 
 def test_output_that_cannot_be_written_is_one_line_and_code_1(smollm2_path: Path) -> None:
