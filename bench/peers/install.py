@@ -93,6 +93,7 @@ def install_llamacpp() -> None:
         path = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
         options = ["CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "LLAMA_BUILD_TESTS=OFF"]
         options += ["LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_BUILD_UI=OFF", "BUILD_SHARED_LIBS=ON"]
+        options += [f"CMAKE_CXX_FLAGS=-include {Path(__file__).with_name('gcc12_amx.h')}"]
         defines = [f"-D{option}" for option in options]
         source = LLAMACPP_SOURCE / "vendor" / "llama.cpp"
         run(tools / "cmake", "-G", "Ninja", *defines, "-S", source, "-B", build, env=path)

@@ -347,6 +347,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("available_threads", &available_threads);
   m.def("available_isas", [] {
     std::vector<std::string> names;
+    if (kernels_amx()) names.push_back("amx");
     if (kernels_avx512()) names.push_back("avx512");
     names.push_back("generic");
     return names;

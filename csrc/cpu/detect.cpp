@@ -1,22 +1,48 @@
-// Whether this processor can run the AVX-512 kernels.
+// Which of the kernels this processor can run.
 #include "step.h"
+
+#if defined(RL_HAVE_AVX512)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace ridgeline {
 
+const Kernels* kernels_generic_table();
+const Kernels* kernels_generic() { return kernels_generic_table(); }
+
 #if defined(RL_HAVE_AVX512)
-namespace detail {
+namespace {
+
 bool avx512_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
-}  // namespace detail
+
+// AMX TILE, INT8 and BF16, and the operating system's leave to use the tile registers, which Linux wants asked for
+// once in a process (ARCH_REQ_XCOMP_PERM, state component 18).
+bool amx_supported() {
+  unsigned a, b, c, d;
+  if (!avx512_supported() || !__builtin_cpu_supports("avx512vbmi") || !__get_cpuid_count(7, 0, &a, &b, &c, &d))
+    return false;
+  const unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;  // amx-bf16, amx-tile, amx-int8
+  return (d & needed) == needed && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+
+}  // namespace
+
 const Kernels* kernels_avx512_table();
-const Kernels* kernels_avx512() { return detail::avx512_supported() ? kernels_avx512_table() : nullptr; }
+const Kernels* kernels_amx_table();
+const Kernels* kernels_avx512() { return avx512_supported() ? kernels_avx512_table() : nullptr; }
+const Kernels* kernels_amx() {
+  static const bool supported = amx_supported();
+  return supported ? kernels_amx_table() : nullptr;
+}
 #else
 const Kernels* kernels_avx512() { return nullptr; }
+const Kernels* kernels_amx() { return nullptr; }
 #endif
-const Kernels* kernels_generic_table();
-const Kernels* kernels_generic() { return kernels_generic_table(); }
 
 }  // namespace ridgeline

@@ -21,13 +21,17 @@ constexpr int kRopeStep = 256;        // positions added to the rotary table at 
 }  // namespace
 
 const Kernels* select_kernels(const std::string& isa) {
-  if (isa.empty()) return kernels_avx512() ? kernels_avx512() : kernels_generic();
+  if (isa.empty()) return kernels_amx() ? kernels_amx() : kernels_avx512() ? kernels_avx512() : kernels_generic();
   if (isa == "generic") return kernels_generic();
+  if (isa == "amx") {
+    if (const Kernels* k = kernels_amx()) return k;
+    refuse("this processor or this build has no AMX (TILE, INT8, BF16): use isa='avx512' or 'generic'");
+  }
   if (isa == "avx512") {
     if (const Kernels* k = kernels_avx512()) return k;
     refuse("this processor or this build has no AVX-512 VNNI and BF16: use isa='generic'");
   }
-  refuse("unknown instruction set '" + isa + "': use 'avx512' or 'generic'");
+  refuse("unknown instruction set '" + isa + "': use 'amx', 'avx512' or 'generic'");
 }
 
 Executor::Executor(const ExecutorConfig& config)

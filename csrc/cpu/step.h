@@ -95,7 +95,7 @@ struct Worker {
   uint8_t* scratch;  // this thread's own, at least kScratchBytes
   int fetch_layer = -1, fetched = 0;  // the layer whose cache is being fetched, and how much of it is
 };
-inline constexpr size_t kScratchBytes = 1 << 20;
+inline constexpr size_t kScratchBytes = 2 << 20;
 
 struct EmbedArgs {
   Buffer out;
@@ -204,5 +204,6 @@ struct Kernels {
 
 const Kernels* kernels_generic();
 const Kernels* kernels_avx512();  // null when this build or this processor lacks it
+const Kernels* kernels_amx();     // likewise, or when the kernel refuses this process the tile registers
 
 }  // namespace ridgeline

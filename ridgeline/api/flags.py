@@ -64,6 +64,8 @@ def _typed_fields(owner: type[Any]) -> list[tuple[Any, Any]]:
 
 def _flag(name: str, hint: Any, default: Any, text: str, choices: tuple[str, ...], panel: str) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
+    if hint is bool and default is True:
+        flag += "/--no" + flag[1:]
     if choices:
         text += f" ({', '.join(choices)})"
     if hint == tuple[str, ...]:

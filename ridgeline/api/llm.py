@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from ridgeline.api.outputs import CompletionOutput, Logprob, RequestOutput, StreamDelta
+from ridgeline.api.outputs import CompletionOutput, EmbeddingOutput, Logprob, RequestOutput, StreamDelta
 from ridgeline.core.config import EngineConfig
 from ridgeline.core.errors import RequestError, RidgelineError
 from ridgeline.core.types import SamplingParams, unknown_argument
 from ridgeline.engine.load import Runtime, load_runtime
-from ridgeline.engine.request import Request
+from ridgeline.engine.request import Request, Scored
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -81,8 +81,11 @@ class LLM:
             raise RequestError(
                 f"prompt must be a text, a list of token ids or a list of messages, got {type(prompt).__name__}"
             )
+        params = _params_for(1, sampling_params)[0]
+        if params.n != 1 or params.prompt_logprobs is not None:
+            raise RequestError("LLM.stream gives one completion and no prompt_logprobs: use LLM.generate for these")
         ids = self._encode_chat(prompt) if _is_chat(prompt) else self._encode(prompt)  # type: ignore[arg-type]
-        request = self.runtime.engine.make_request(ids, _params_for(1, sampling_params)[0], stream=True)
+        request = self.runtime.engine.make_request(ids, params, stream=True)
         return self._deltas(request)
 
     def _deltas(self, request: Request) -> Iterator[StreamDelta]:
@@ -111,7 +114,16 @@ class LLM:
     ) -> list[RequestOutput]:
         engine = self.runtime.engine
         params = _params_for(len(inputs), sampling_params)
-        requests = [engine.make_request(ids, p) for (_, ids), p in zip(inputs, params, strict=True)]
+        groups = [engine.make_requests(ids, p) for (_, ids), p in zip(inputs, params, strict=True)]
+        self._serve([request for group in groups for request in group])
+        return [
+            RequestOutput(prompt, list(ids), [self._completion(r) for r in group], self._prompt_logprobs(group[0]))
+            for (prompt, ids), group in zip(inputs, groups, strict=True)
+        ]
+
+    def _serve(self, requests: Sequence[Request]) -> None:
+        """Run requests to their ends; raises RidgelineError when one of them failed."""
+        engine = self.runtime.engine
         try:
             engine.submit(requests)
             while any(r.finish_reason is None for r in requests):
@@ -121,8 +133,20 @@ class LLM:
                 engine.abort(request)
         for request in requests:
             _need_whole(request)
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], pooling: str = "mean", **unknown: Any) -> list[EmbeddingOutput]:
+        """The pooled final hidden states of prompts, in their order.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of these.
+            pooling: "mean" over all tokens (added up in their order, in float64) or the "last" token's.
+        """
+        _refuse("LLM.embed", unknown, ["prompts", "pooling"])
+        inputs = [(p if isinstance(p, str) else None, self._encode(p)) for p in _as_prompts(prompts)]
+        requests = [self.runtime.engine.make_pooling_request(ids, pooling) for _, ids in inputs]
+        self._serve(requests)
         return [
-            RequestOutput(prompt, list(ids), [self._completion(r)])
+            EmbeddingOutput(prompt, list(ids), r.pooled.tolist() if r.pooled is not None else [])
             for (prompt, ids), r in zip(inputs, requests, strict=True)
         ]
 
@@ -134,17 +158,27 @@ class LLM:
         else:
             kept = ids[:-1] if ids and ids[-1] in request.stop_ids else ids
             text = tokenizer.decode(kept, continuation=True)
-        return CompletionOutput(0, text, ids, self._logprobs(request), request.finish_reason)
+        return CompletionOutput(request.index, text, ids, self._logprobs(request), request.finish_reason)
 
     def _logprobs(self, request: Request) -> list[dict[int, Logprob]] | None:
         if request.logprobs is None:
             return None
-        result = []
-        for token, (own, best, values) in zip(request.output_ids, request.logprobs, strict=True):
-            ranked = {t: (value, rank) for rank, (t, value) in enumerate(zip(best, values, strict=True), 1)}
-            ranked.setdefault(token, (own, None))  # type: ignore[arg-type]
-            result.append({t: Logprob(v, rank, self._token_text(t)) for t, (v, rank) in ranked.items()})
-        return result
+        return [self._ranked(t, s) for t, s in zip(request.output_ids, request.logprobs, strict=True)]
+
+    def _prompt_logprobs(self, request: Request) -> list[dict[int, Logprob] | None] | None:
+        if request.prompt_logprobs is None:
+            return None
+        following = request.prompt[1:]
+        return [None, *(self._ranked(t, s) for t, s in zip(following, request.prompt_logprobs, strict=True))]
+
+    def _ranked(self, token: int, scored: Scored) -> dict[int, Logprob]:
+        """A token's log probability and those of the best at its place, by token id."""
+        own, best, values = scored
+        ranked: dict[int, tuple[float, int | None]] = {
+            t: (value, rank) for rank, (t, value) in enumerate(zip(best, values, strict=True), 1)
+        }
+        ranked.setdefault(token, (own, None))
+        return {t: Logprob(v, rank, self._token_text(t)) for t, (v, rank) in ranked.items()}
 
     def _token_text(self, token: int) -> str:
         return self.runtime.tokenizer.decode([token], skip_special=False, continuation=True)
@@ -178,6 +212,8 @@ def _refuse(owner: str, unknown: Mapping[str, Any], known: list[str]) -> None:
 
 
 def _need_whole(request: Request) -> None:
+    if request.error is not None:
+        raise RidgelineError(request.error)
     if request.finish_reason == "abort":
         raise RidgelineError("the request was dropped because a step beside it failed: send it again")
 

@@ -36,11 +36,25 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A prompt (``prompt`` is None when token ids were given) and its completions."""
+    """A prompt (``prompt`` is None when token ids were given) and its ``n`` completions.
+
+    ``prompt_logprobs``, if asked for, has None for the first prompt token and a dict like those of
+    ``CompletionOutput.logprobs`` for each other.
+    """
 
     prompt: str | None
     prompt_token_ids: Sequence[int]
     outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """A prompt and the pooled final hidden state of its tokens, [hidden_size] numbers, not normalized."""
+
+    prompt: str | None
+    prompt_token_ids: Sequence[int]
+    embedding: list[float]
 
 
 @dataclass(frozen=True)

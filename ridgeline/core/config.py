@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,9 +12,11 @@ from ridgeline.core.types import unknown_argument
 
 KV_DTYPES = ("auto", "bf16", "f16", "f32", "int8")
 BACKENDS = ("cpu", "reference")
-ISAS = ("generic", "avx512")
+SPECULATIONS = ("ngram",)
+ISAS = ("generic", "avx512", "amx")
 
 _DEFAULT_POOL_TOKENS = 2048  # per sequence, when the pool's size is left to us
+_DEFAULT_ROWS = 64  # so that prompt logprobs and pooling go on in chunks of some size
 _MOST = 2**31 - 1  # what an int32 holds: the native parts count in those
 _MOST_THREADS = 1024
 _KV_CHUNK = 256  # attention's partial results cover this many tokens; a block must divide it
@@ -42,6 +45,25 @@ class EngineConfig:
     num_kv_blocks: int | None = _option(
         None, "blocks in the KV cache (default: 2048 tokens for each of max_num_seqs); memory is taken as it is used"
     )
+    kv_cache_bytes: str | None = _option(
+        None, "size of the KV cache, such as 512MiB or 2GiB or a number of bytes (instead of num_kv_blocks)"
+    )
+    prefix_sharing: bool = _option(True, "requests share the cache of equal prefixes")
+    max_sampled_rows: int | None = _option(
+        None, "rows sampled or scored in one step (default: 64, or one for each request and its drafts)"
+    )
+    max_open_steps: int = _option(1, "steps under way at once, 1 or 2; the cpu backend runs one")
+    speculation: str | None = _option(None, "draft tokens ahead, from n-grams the request holds already", SPECULATIONS)
+    num_draft_tokens: int = _option(4, "most drafts of one request in a step")
+    ngram_min: int = _option(2, "shortest n-gram that is looked up")
+    ngram_max: int = _option(4, "longest n-gram that is looked up")
+    max_queued_requests: int | None = _option(None, "most requests that may wait (default: no bound)")
+    max_queued_tokens: int | None = _option(None, "most tokens of requests that may wait (default: no bound)")
+    max_preemptions: int = _option(4, "a request that had to start again so often comes before all others")
+    priority_aging_steps: int = _option(256, "steps of waiting that outweigh one level of priority")
+    step_target_us: int | None = _option(
+        None, "microseconds that a step should take while requests decode; long prompts are cut finer to meet it"
+    )
     seed: int | None = _option(None, "draws the seeds of requests that bring none (default: from the system)")
 
     def __init__(self, **values: Any) -> None:
@@ -59,9 +81,18 @@ class EngineConfig:
         if not isinstance(self.model, (str, os.PathLike)) or not os.fspath(self.model):
             raise ConfigError(f"model must be an alias or a path, got {self.model!r}")
         object.__setattr__(self, "model", os.fspath(self.model))
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in (
+            *("max_num_seqs", "max_num_batched_tokens", "block_size", "num_draft_tokens", "ngram_min", "ngram_max"),
+            "priority_aging_steps",
+        ):
             self._need_int(name, 1, _MOST)
+        self._need_int("max_preemptions", 1, _MOST)
+        self._need_int("max_open_steps", 1, 2)
         for name, least, most in (
+            ("max_sampled_rows", 1, _MOST),
+            ("max_queued_requests", 1, _MOST),
+            ("max_queued_tokens", 1, _MOST),
+            ("step_target_us", 1, _MOST),
             ("threads", 1, _MOST_THREADS),
             ("max_model_len", 1, _MOST),
             ("num_kv_blocks", 1, _MOST),
@@ -84,6 +115,33 @@ class EngineConfig:
                 f"({self.max_num_seqs}): every running request decodes one token a step"
             )
 
+        self._check_scheduling()
+
+    def _check_scheduling(self) -> None:
+        if not isinstance(self.prefix_sharing, bool):
+            raise ConfigError(f"prefix_sharing must be True or False, got {self.prefix_sharing!r}")
+        if self.ngram_min > self.ngram_max:
+            raise ConfigError(f"ngram_min ({self.ngram_min}) must be at most ngram_max ({self.ngram_max})")
+        if self.max_open_steps > 1 and self.backend == "cpu":
+            raise ConfigError("the cpu backend runs one step at a time: leave max_open_steps at 1")
+        if self.max_sampled_rows is not None and self.max_sampled_rows < self.max_num_seqs:
+            raise ConfigError(
+                f"max_sampled_rows ({self.max_sampled_rows}) must be at least max_num_seqs ({self.max_num_seqs}): "
+                "every running request samples a row a step"
+            )
+        if self.kv_cache_bytes is not None:
+            parse_bytes("kv_cache_bytes", self.kv_cache_bytes)
+            if self.num_kv_blocks is not None:
+                raise ConfigError("kv_cache_bytes and num_kv_blocks both size the cache: give one of them")
+
+    def sampled_rows(self) -> int:
+        """Rows that a step may sample or score."""
+        if self.max_sampled_rows is not None:
+            return self.max_sampled_rows
+        each = 1 + self.num_draft_tokens if self.speculation else 1
+        wanted = max(_DEFAULT_ROWS, self.max_num_seqs * each)
+        return max(self.max_num_seqs, min(wanted, self.max_num_batched_tokens))
+
     def _need_int(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -101,16 +159,34 @@ class EngineConfig:
             )
         return self.max_model_len
 
-    def pool_blocks(self, context_length: int) -> int:
+    def pool_blocks(self, context_length: int, block_bytes: int = 0) -> int:
         """Blocks of a cache: what is asked for, or room for every sequence and for one at full length.
 
-        Raises ConfigError when that is more than can be counted.
+        ``block_bytes``: bytes of one block in all groups, for a cache sized in bytes. Raises ConfigError when that
+        is more than can be counted, or less than a block.
         """
         if self.num_kv_blocks is not None:
             return self.num_kv_blocks
+        if self.kv_cache_bytes is not None:
+            blocks = parse_bytes("kv_cache_bytes", self.kv_cache_bytes) // max(1, block_bytes)
+            if not 1 <= blocks <= _MOST:
+                raise ConfigError(
+                    f"kv_cache_bytes {self.kv_cache_bytes} gives {blocks} blocks of {block_bytes} bytes: "
+                    f"it must give from 1 to {_MOST}"
+                )
+            return blocks
         longest = self.model_len(context_length)
         each = -(-min(longest, _DEFAULT_POOL_TOKENS) // self.block_size)
         blocks = max(self.max_num_seqs * each, -(-longest // self.block_size))
         if blocks > _MOST:
             raise ConfigError(f"max_num_seqs {self.max_num_seqs} asks for {blocks} KV blocks, above {_MOST}: lower it")
         return blocks
+
+
+def parse_bytes(name: str, value: str | int) -> int:
+    """Bytes of a size such as 1000000, "512MiB" or "2 GB" (KiB is 1024, KB is 1000); raises ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+    if match is None or isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ConfigError(f"{name} must be a size such as 512MiB, 2GiB or a number of bytes, got {value!r}")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))

@@ -19,5 +19,9 @@ class RequestError(RidgelineError, ValueError):
     """A request that can never be served: empty or too long a prompt, bad sampling parameters."""
 
 
+class QueueFullError(RequestError):
+    """A request that would be served, were not so many waiting already: send it again later."""
+
+
 class ConfigError(RidgelineError, ValueError):
     """An engine option with a value that cannot work."""

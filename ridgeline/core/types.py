@@ -51,6 +51,15 @@ class SamplingParams:
         stop_token_ids: tokens that end the text.
         ignore_eos: go on past the end-of-text token.
         logprobs: return the sampled token's log probability and the k best (None: neither).
+        prompt_logprobs: the same for each prompt token but the first (None: neither).
+        n: samples of the prompt, at least 1; more than one needs a temperature above 0.
+        repetition_penalty: divides positive and multiplies negative logits of tokens met in prompt or output,
+            above 0 (1: off).
+        presence_penalty, frequency_penalty: subtracted from the logits of tokens in the output, once and times
+            their count, from -2 to 2.
+        logit_bias: what is added to the logits of some tokens, by token id, each from -100 to 100.
+        bad_words: texts (or sequences of token ids) that are not generated.
+        min_tokens: before so many tokens nothing but ``max_tokens`` ends the text.
     """
 
     temperature: float = 1.0
@@ -63,6 +72,14 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
+    min_tokens: int = 0
 
     def __init__(self, **values: Any) -> None:
         known = {f.name: f.default for f in fields(type(self))}
@@ -73,26 +90,28 @@ class SamplingParams:
             object.__setattr__(self, name, values.get(name, default))
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name, what in (("stop", "a string or a list of strings"), ("stop_token_ids", "a list of token ids")):
+        for name, what in (
+            ("stop", "a string or a list of strings"),
+            ("stop_token_ids", "a list of token ids"),
+            ("bad_words", "a list of texts"),
+        ):
             value = getattr(self, name)
             if value is None:
                 value = ()
             if not isinstance(value, Iterable) or isinstance(value, (str, bytes, bytearray, Mapping)):
                 raise RequestError(f"{name} must be {what}, got {value!r}")
             object.__setattr__(self, name, tuple(value))
+        words = tuple(tuple(w) if isinstance(w, (list, np.ndarray)) else w for w in self.bad_words)
+        object.__setattr__(self, "bad_words", words)
         self._check()
+        self._check_adjustments()
+
+    def _need(self, ok: bool, name: str, what: str) -> None:
+        if not ok:
+            raise RequestError(f"{name} must be {what}, got {getattr(self, name)!r}")
 
     def _check(self) -> None:
-        def need(ok: bool, name: str, what: str) -> None:
-            if not ok:
-                raise RequestError(f"{name} must be {what}, got {getattr(self, name)!r}")
-
-        def real(value: object) -> bool:
-            return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-        def whole(value: object) -> bool:
-            return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
+        need, real, whole = self._need, _is_real, _is_whole
         need(
             real(self.temperature) and 0 <= self.temperature <= 3.4e38,
             "temperature",
@@ -111,14 +130,50 @@ class SamplingParams:
             "seed",
             "an integer from 0 to 2**64 - 1",
         )
-        need(
-            self.logprobs is None or (whole(self.logprobs) and 0 <= self.logprobs <= 64),
-            "logprobs",
-            "an integer from 0 to 64",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            need(value is None or (whole(value) and 0 <= value <= 64), name, "an integer from 0 to 64")
         need(isinstance(self.ignore_eos, (bool, np.bool_)), "ignore_eos", "True or False")
         need(all(isinstance(s, str) and s for s in self.stop), "stop", "non-empty strings")
         need(all(whole(t) for t in self.stop_token_ids), "stop_token_ids", "token ids")
+        need(whole(self.n) and 1 <= self.n <= 2**16, "n", "an integer from 1 to 65536")
+        need(self.n == 1 or self.temperature > 0, "n", "1 at temperature 0, where all samples are the same")
+
+    def _check_adjustments(self) -> None:
+        """What changes the logits before sampling."""
+        need, real, whole = self._need, _is_real, _is_whole
+        need(
+            real(self.repetition_penalty) and 0 < self.repetition_penalty <= 1e6,
+            "repetition_penalty",
+            "a number above 0 and at most 1e6 (1 is off)",
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            need(real(value) and -2 <= value <= 2, name, "a number from -2 to 2")
+        need(
+            whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"an integer from 0 to max_tokens ({self.max_tokens})",
+        )
+        need(self.logit_bias is None or isinstance(self.logit_bias, Mapping), "logit_bias", "a dict by token id")
+        need(
+            all(whole(t) and real(b) and -100 <= b <= 100 for t, b in (self.logit_bias or {}).items()),
+            "logit_bias",
+            "token ids with numbers from -100 to 100",
+        )
+        need(
+            all(w and (isinstance(w, str) or isinstance(w, tuple) and all(map(whole, w))) for w in self.bad_words),
+            "bad_words",
+            "non-empty texts or sequences of token ids",
+        )
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def unknown_argument(owner: str, name: str, known: list[str]) -> str:

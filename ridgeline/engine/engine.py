@@ -1,56 +1,47 @@
-"""The loop that turns requests into steps: first come, first served, over the block pools."""
+"""The seam: the scheduler's plans become batches for an executor, and its outputs tokens of requests."""
 
 from __future__ import annotations
 
-import random
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import cast
 
-import numpy as np
-
-from ridgeline.core.errors import RequestError, RidgelineError
-from ridgeline.core.types import Batch, Executor, Int32, SamplingParams, StepOutput, Ticket
+from ridgeline.core.errors import QueueFullError, RequestError, RidgelineError
+from ridgeline.core.types import Executor, Int32, SamplingParams, StepOutput, Ticket
 from ridgeline.engine.batching import BatchBuilder
+from ridgeline.engine.intake import Intake, WordEncoder
+from ridgeline.engine.limits import EngineLimits
 from ridgeline.engine.request import Request
-from ridgeline.engine.text import Detokenizer, TextStream
-from ridgeline.kvcache.block_pool import BlockPool
+from ridgeline.engine.text import Detokenizer
+from ridgeline.kvcache.cache import CacheGroup, KVCache
+from ridgeline.scheduler.budget import StepBudget
+from ridgeline.scheduler.ngram import NgramDrafter
+from ridgeline.scheduler.plan import Chunk, StepPlan
+from ridgeline.scheduler.scheduler import Scheduler, Stats
+from ridgeline.scheduler.sequence import State
+
+__all__ = ["Engine", "EngineLimits"]
+
+NOT_NUMBERS = "the model's logits are not numbers (NaN): its weights are damaged, or the prompt overflows them"
 
 
-@dataclass(frozen=True)
-class EngineLimits:
-    """What an engine may hold at once.
-
-    Attributes:
-        max_requests: requests running, so slots of the executor.
-        max_tokens: tokens in a step.
-        max_len: tokens of one sequence, prompt and output.
-        vocab_size: token ids are below this.
-        block_size: tokens in a block.
-        num_blocks: blocks of each cache group.
-    """
-
-    max_requests: int
-    max_tokens: int
-    max_len: int
-    vocab_size: int
-    block_size: int
-    num_blocks: Sequence[int]
+def _microseconds() -> int:
+    return time.monotonic_ns() // 1000
 
 
 class Engine:
     """Runs requests on an executor. Not for use from several threads at once.
 
-    A request takes all the blocks that it can ever need when it is admitted, so nothing that runs has to be put
-    off again. Each step decodes one token of every running request and fills the rest of its budget with prompts.
-
     Args:
         executor: runs the steps; its slots and blocks are as many as ``limits`` says.
-        limits: what may be held at once.
+        limits: what may be held at once, and the options.
         eos_ids: tokens that end every request but those that ignore them.
         detokenizer: makes a fresh detokenizer; needed for streaming and for stop strings.
+        encode_word: encodes the bad words of a request; without it they must be token ids.
         seed: draws the seeds of requests that bring none; None takes them from the system.
+        clock: microseconds, for the step latency target; any that may jump.
     """
 
     def __init__(
@@ -60,199 +51,280 @@ class Engine:
         *,
         eos_ids: Iterable[int] = (),
         detokenizer: Callable[[], Detokenizer] | None = None,
+        encode_word: WordEncoder | None = None,
         seed: int | None = None,
+        clock: Callable[[], int] | None = None,
     ) -> None:
         self.limits = limits
         self._executor = executor
-        self._eos_ids = frozenset(eos_ids)
-        self._detokenizer = detokenizer
-        self._random = random.Random(seed) if seed is not None else random.SystemRandom()
-        self._pools = [BlockPool(n) for n in limits.num_blocks]
-        self._builder = BatchBuilder(limits.max_tokens, limits.max_requests, len(self._pools))
-        self._waiting: deque[Request] = deque()
-        self._prefilling: list[Request] = []
-        self._decoding: list[Request] = []
-        self._free_slots = list(range(limits.max_requests - 1, -1, -1))
-        self._updates: list[list[tuple[int, int, int]]] = [[] for _ in self._pools]
-        self._steady: Int32 | None = None  # the last step's tokens while only the same requests decode
-        self._only_decodes = False  # whether the last batch held no part of a prompt
-        self._ticket: Ticket | None = None
+        self._clock = clock or _microseconds
+        windows = limits.windows or [0] * len(limits.num_blocks)
+        groups = [CacheGroup(n, w) for n, w in zip(limits.num_blocks, windows, strict=True)]
+        self._cache = KVCache(groups, limits.block_size, sharing=limits.prefix_sharing)
+        self._scheduler = Scheduler(
+            self._cache,
+            max_running=limits.max_requests,
+            max_rows=limits.max_rows,
+            budget=StepBudget(limits.max_tokens, limits.step_target_us),
+            max_preemptions=limits.max_preemptions,
+            aging_steps=limits.priority_aging_steps,
+        )
+        self._intake = Intake(limits, self._cache, eos_ids, detokenizer, encode_word, seed)
+        self._builder = BatchBuilder(limits.max_requests, len(groups))
+        self._open: deque[tuple[Ticket, StepPlan]] = deque()
+        self._sampled: Int32 | None = None  # token ids of the step finished last
+        self._finished_us = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether a request waits or runs."""
-        return bool(self._decoding or self._prefilling or self._waiting)
+        """Whether a request waits or runs, or a step is under way."""
+        return bool(self._open) or self._scheduler.has_work
 
-    def make_request(self, prompt_ids: Sequence[int], params: SamplingParams, *, stream: bool = False) -> Request:
-        """A request, checked but not yet queued. ``stream`` keeps its text up to date after every step.
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self._scheduler.running)
 
-        Raises RequestError for one that can never be served.
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue, and those that wait for another's prefix."""
+        return len(self._scheduler.queue) + len(self._scheduler.parked)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that nobody holds, kept for whoever brings the same prefix; over all groups."""
+        return sum(pool.num_cached for pool in self._cache.pools)
+
+    def stats(self) -> Stats:
+        """Counters since the start; they go on counting in the object returned."""
+        return self._scheduler.stats
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def make_request(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        stream: bool = False,
+        priority: int = 0,
+        cache_salt: Hashable = None,
+        index: int = 0,
+        parent: Request | None = None,
+    ) -> Request:
+        """A request for one sample, checked but not yet queued. Raises RequestError for one that can never be served.
+
+        Args:
+            prompt_ids: token ids; those of ``parent`` are taken if there is one.
+            params: how to sample; ``params.n`` is up to ``make_requests``.
+            stream: keep its text up to date after every step.
+            priority: less is earlier.
+            cache_salt: it shares cached prefixes only with requests of the same salt.
+            index: which of several samples of one prompt.
+            parent: the first of these samples, from whose cache it starts.
         """
-        prompt = self._check_prompt(prompt_ids)
-        limit = min(params.max_tokens, self.limits.max_len - len(prompt))
-        text = None
-        if stream or params.stop:
-            if self._detokenizer is None:
-                raise RequestError("stop strings and streamed text need a tokenizer, and this engine has none")
-            text = TextStream(self._detokenizer(), params.stop)
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
-        seed = params.seed if params.seed is not None else self._random.getrandbits(64)
-        request = Request(prompt, params, limit=limit, seed=seed, stop_ids=stop_ids, text=text)
-        need = self._blocks_needed(request)
-        for group, pool in enumerate(self._pools):
-            if need > pool.num_blocks:
-                raise RequestError(
-                    f"the request needs {need} blocks of KV cache and group {group} has {pool.num_blocks}: "
-                    f"lower max_tokens (now {params.max_tokens}) or raise num_kv_blocks"
-                )
-        return request
+        return self._intake.request(prompt_ids, params, stream, priority, cache_salt, index, parent)
 
-    def _check_prompt(self, prompt_ids: Sequence[int]) -> Int32:
-        limits = self.limits
-        if len(prompt_ids) == 0:
-            raise RequestError("the prompt is empty: give at least one token")
-        if len(prompt_ids) >= limits.max_len:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens and the context is {limits.max_len}: "
-                "shorten it to leave room for at least one token of output"
-            )
-        try:
-            prompt = np.array(prompt_ids)
-        except ValueError:
-            prompt = np.zeros(0)
-        if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
-            raise RequestError("a prompt of token ids must be a flat list of integers")
-        if prompt.min() < 0 or prompt.max() >= limits.vocab_size:
-            wrong = int(prompt[(prompt < 0) | (prompt >= limits.vocab_size)][0])
-            raise RequestError(f"token id {wrong} is outside the vocabulary of {limits.vocab_size}")
-        return prompt.astype(np.int32)
+    def make_requests(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        stream: bool = False,
+        priority: int = 0,
+        cache_salt: Hashable = None,
+    ) -> list[Request]:
+        """``params.n`` requests for samples of one prompt; only the first reports prompt logprobs."""
+        values = {"stream": stream, "priority": priority, "cache_salt": cache_salt}
+        first = self.make_request(prompt_ids, params, **values)  # type: ignore[arg-type]
+        return [first] + [
+            self.make_request(prompt_ids, params, index=i, parent=first, **values)  # type: ignore[arg-type]
+            for i in range(1, params.n)
+        ]
 
-    def _blocks_needed(self, request: Request) -> int:
-        return -(-request.max_len // self.limits.block_size)
+    def make_pooling_request(self, prompt_ids: Sequence[int], pooling: str) -> Request:
+        """A request for a prompt's final hidden states, their "mean" or the "last"; ``pooled`` is its result."""
+        return self._intake.pooling(prompt_ids, pooling)
 
     def submit(self, requests: Iterable[Request]) -> None:
-        """Queue requests behind those that wait already."""
-        self._waiting.extend(requests)
+        """Queue requests behind those that wait already.
+
+        Raises, taking none: QueueFullError beyond the bounds, RequestError for one that was submitted before.
+        """
+        requests = list(requests)
+        limits, queue = self.limits, self._scheduler.queue
+        number, tokens = len(requests), sum(r.num_tokens for r in requests)
+        for name, most, waiting, more in (
+            ("max_queued_requests", limits.max_queued_requests, self.num_waiting, number),
+            ("max_queued_tokens", limits.max_queued_tokens, queue.num_tokens, tokens),
+        ):
+            if most is not None and waiting + more > most:
+                raise QueueFullError(
+                    f"{waiting} {name.rpartition('_')[2]} wait and {more} more would exceed {name} ({most}): "
+                    "send it again later or raise the bound"
+                )
+        if any(r.state is not State.NEW for r in requests) or len({id(r) for r in requests}) != number:
+            raise RequestError("a request is submitted once: make a new one for each run")
+        for request in requests:
+            self._scheduler.submit(request)
 
     def abort(self, request: Request) -> None:
-        """Drop a request at once, if it has not ended; what it held is free again."""
+        """Drop a request at once, if it has not ended; what it held is free once no step may still write it."""
         if request.finish_reason is not None:
             return
         try:
-            if any(r is request for r in (*self._decoding, *self._prefilling)):
-                self._decoding = [r for r in self._decoding if r is not request]
-                self._prefilling = [r for r in self._prefilling if r is not request]
-                self._release(request)
-            self._waiting = deque(r for r in self._waiting if r is not request)
             request.end("abort")
+            self._scheduler.end(request)
         except BaseException:
             self._drop_all()
             raise
+
+    # -- steps ---------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Run one step: every decoding request gains a token, prompts advance as far as the budget allows.
+        """Launch the next step and, when as many are under way as may be, take the results of the oldest.
 
-        When anything goes wrong, Ctrl-C included, all requests are dropped and the engine is idle and usable.
+        Every decoding request gains a token, prompts advance as far as the budget allows. When anything goes wrong,
+        Ctrl-C included, all requests are dropped and the engine is idle and usable.
         """
         try:
-            self._admit()
-            batch, sampled = self._plan()
-            self._ticket = self._executor.launch(batch)
-            output = self._executor.finish(self._ticket)
-            self._ticket = None
-            self._accept(sampled, output)
+            plan = self._scheduler.schedule(self._clock())
+            if plan.num_tokens:
+                batch = self._builder.build(plan, None if self._open else self._sampled)
+                self._open.append((self._executor.launch(batch), plan))
+            if self._open and (not plan.num_tokens or len(self._open) >= self.limits.max_open_steps):
+                self._finish_oldest()
+            elif not plan.num_tokens and self._scheduler.has_work:
+                raise RidgelineError("no request can go on: this is a bug in the scheduler, please report it")
         except BaseException:
             self._drop_all()
             raise
 
-    def _admit(self) -> None:
-        """Give the first who wait a slot and all their blocks, as long as there are enough of both."""
-        while self._waiting and self._free_slots:
-            need = self._blocks_needed(self._waiting[0])
-            if any(pool.num_free < need for pool in self._pools):
-                return
-            request = self._waiting.popleft()
-            request.slot = slot = self._free_slots.pop()
-            self._prefilling.append(request)
-            request.blocks = [pool.allocate(need) for pool in self._pools]
-            for updates, blocks in zip(self._updates, request.blocks, strict=True):
-                updates.extend((slot, index, block) for index, block in enumerate(blocks))
-
-    def _plan(self) -> tuple[Batch, list[Request]]:
-        """The next batch and the requests whose rows it samples, decode first."""
-        decoding = self._decoding
-        if self._steady is not None and not self._prefilling:
-            batch = self._builder.again(self._steady)
-            for request in decoding:
-                request.num_computed += 1
-            return batch, decoding
-        budget = self.limits.max_tokens - len(decoding)
-        chunks: list[tuple[Request, int]] = []
-        for request in self._prefilling:
-            if budget == 0:
-                break
-            size = min(budget, len(request.prompt) - request.num_computed)
-            chunks.append((request, size))
-            budget -= size
-        batch = self._builder.build(decoding, chunks, self._updates)
-        self._updates = [[] for _ in self._pools]
-        for request in decoding:
-            request.num_computed += 1
-        for request, size in chunks:
-            request.num_computed += size
-        # Chunks are in order of arrival and only the last can be cut short.
-        done = [r for r, _ in chunks if r.num_computed == len(r.prompt)]
-        self._prefilling = self._prefilling[len(done) :]
-        self._decoding = decoding + done
-        self._only_decodes = not chunks
-        return batch, self._decoding
-
-    def _accept(self, sampled: list[Request], output: StepOutput) -> None:
-        """Hand each sampled token to its request; let go of those that ended."""
+    def _finish_oldest(self) -> None:
+        ticket, plan = self._open.popleft()
+        output = self._executor.finish(ticket)
+        now = self._clock()
+        self._scheduler.finish_step(plan, now - max(plan.time_us, self._finished_us))
+        self._finished_us = now
+        self._sampled = output.token_ids
         tokens: list[int] = output.token_ids.tolist()
-        ended = []
-        for row, (request, token) in enumerate(zip(sampled, tokens, strict=True)):
-            if token < 0:
-                raise RidgelineError("the model's logits are not numbers (NaN): its weights are damaged")
-            if request.accept(token, output, row):
-                ended.append(request)
-        self._steady = output.token_ids if self._only_decodes else None
-        if ended:
-            self._decoding = [r for r in sampled if r.finish_reason is None]
-            for request in ended:
-                self._release(request)
+        self._accept_decodes(plan, tokens, output)
+        row, pooled = len(plan.decodes), 0
+        for chunk in plan.chunks:
+            request = cast(Request, chunk.sequence)
+            if self._scheduler.still_runs(request, plan):
+                self._accept_chunk(request, chunk, tokens, output, row, pooled)
+            row += chunk.num_rows
+            pooled += chunk.num_rows if request.pooling else 0
 
-    def _release(self, request: Request) -> None:
-        for pool, blocks in zip(self._pools, request.blocks, strict=True):
-            pool.free(blocks)
-        self._free_slots.append(request.slot)
-        request.blocks, request.slot = [], -1
-        self._steady = None
+    def _accept_decodes(self, plan: StepPlan, tokens: list[int], output: StepOutput) -> None:
+        """The steady path: one token for each, and no more work than that where a token means nothing else."""
+        outdated = self.limits.max_open_steps > 1  # a request may have ended since the step was launched
+        for row, request in enumerate(cast(list[Request], plan.decodes)):
+            if outdated and not self._scheduler.still_runs(request, plan):
+                continue
+            token, output_ids = tokens[row], request.output_ids
+            if request.plain and 0 <= token and len(output_ids) + 1 < request.next_event:
+                if token not in request.stop_ids:
+                    output_ids.append(token)
+                    text = request.text
+                    if text is not None and text.push(token, len(output_ids) > request.params.min_tokens):
+                        self._stop_early(request)
+                    continue
+            self._accept_token(request, token, output, row)
+            if request.finish_reason is None:
+                self._draft(request)
+
+    def _stop_early(self, request: Request) -> None:
+        """A stop string has ended a request whose token is taken already."""
+        request.end("stop")
+        self._scheduler.settle(request, request.num_tokens - 1)
+        self._scheduler.end(request)
+
+    def _accept_token(self, request: Request, token: int, output: StepOutput, row: int) -> None:
+        """Hand a sampled token to its request, all tokens before it being in the cache; end it if that ends it."""
+        if token < 0:
+            request.fail(NOT_NUMBERS)
+        else:
+            request.accept(token, output, row)
+        if request.finish_reason is not None or len(request.output_ids) >= request.next_event:
+            if token >= 0:
+                self._scheduler.settle(request, request.num_tokens - 1)
+            if request.finish_reason is not None:
+                self._scheduler.end(request)
+
+    def _accept_chunk(
+        self, request: Request, chunk: Chunk, tokens: list[int], output: StepOutput, row: int, pooled: int
+    ) -> None:
+        if chunk.drafts:
+            self._accept_drafts(request, chunk, tokens, output, row)
+            return
+        scored, rows = chunk.score_to - chunk.score_from, chunk.num_rows
+        if request.pooling:
+            if rows:
+                request.pool(output.hidden[pooled : pooled + rows])
+        elif scored:
+            request.take_scores(output, row, scored)
+        request.num_scored_done = max(request.num_scored_done, chunk.score_to)
+        stop = chunk.start + chunk.size
+        if chunk.samples and not request.pooling:
+            request.next_event = 0  # the end of the prompt is looked at in any case
+            self._accept_token(request, tokens[row + scored], output, row + scored)
+            if request.finish_reason is None:
+                self._draft(request)
+            return
+        self._scheduler.settle(request, stop)
+        if request.pooling and stop == len(request.prompt):
+            request.end("stop")
+            self._scheduler.end(request)
+
+    def _accept_drafts(self, request: Request, chunk: Chunk, tokens: list[int], output: StepOutput, row: int) -> None:
+        """Take the rows of a speculated step that stand, up to the one that ends the request."""
+        number = len(chunk.drafts)
+        accepted = int(output.accepted[row : row + number + 1].sum())
+        self._scheduler.take_drafts(request, chunk, accepted)
+        if request.drafter is not None:
+            request.drafter.learn(number, accepted - 1)
+        for at in range(row, row + accepted):
+            self._accept_token(request, tokens[at], output, at)
+            if request.finish_reason is not None:
+                return
+            self._draft(request, last=at == row + accepted - 1)
+
+    def _draft(self, request: Request, last: bool = True) -> None:
+        """Tell the drafter, if the request speculates, of its newest token; draft after the ``last``."""
+        if self.limits.speculation is None:
+            return
+        drafter = request.drafter
+        if drafter is None:
+            limits = self.limits
+            known = request.span(0, request.num_tokens)
+            drafter = NgramDrafter(known, limits.num_draft_tokens, limits.ngram_min, limits.ngram_max)
+            request.drafter = drafter
+        else:
+            drafter.push(request.output_ids[-1])
+        if last:
+            lockstep = self.limits.max_open_steps > 1 and not drafter.waiting
+            self._scheduler.set_drafts(request, drafter.draft(), lockstep)
 
     def _drop_all(self) -> None:
-        if self._ticket is not None:
+        """End everything that has not ended, and start anew."""
+        while self._open:
             with suppress(Exception):
-                self._executor.finish(self._ticket)
-            self._ticket = None
-        for request in [*self._decoding, *self._prefilling, *self._waiting]:
+                self._executor.finish(self._open.popleft()[0])
+        scheduler = self._scheduler
+        for sequence in [*scheduler.running, *scheduler.parked.values(), *scheduler.queue.members()]:
+            request = cast(Request, sequence)
             if request.finish_reason is None:
                 request.finish_reason = "abort"
-            request.blocks, request.slot = [], -1
-        self._waiting.clear()
-        self._prefilling, self._decoding = [], []
-        for pool in self._pools:
-            pool.reset()
-        self._free_slots = list(range(self.limits.max_requests - 1, -1, -1))
-        self._updates = [[] for _ in self._pools]
-        self._steady = None
+            request.move(State.FINISHED)
+            request.table, request.slot = None, -1
+        scheduler.reset()
+        self._sampled = None
 
     def check(self) -> None:
-        """Raise AssertionError unless blocks and slots are each held by exactly the requests that run."""
-        running = [*self._decoding, *self._prefilling]
-        for group, pool in enumerate(self._pools):
-            pool.check(r.blocks[group] for r in running)
-        slots = [r.slot for r in running] + self._free_slots
-        if sorted(slots) != list(range(self.limits.max_requests)):
-            raise AssertionError(f"slots are lost or held twice: {sorted(slots)}")
-        if any(r.finish_reason is not None for r in running):
-            raise AssertionError("a request that has ended still runs")
+        """Raise AssertionError unless every invariant of the scheduler and the cache holds."""
+        self._scheduler.check()
+        for sequence in self._scheduler.running:
+            if cast(Request, sequence).finish_reason is not None:
+                raise AssertionError("a request that has ended still runs")

@@ -14,6 +14,7 @@ from ridgeline.core.config import EngineConfig
 from ridgeline.core.errors import ConfigError, ModelFileError, UnsupportedError
 from ridgeline.core.types import Executor
 from ridgeline.engine.engine import Engine, EngineLimits
+from ridgeline.engine.ledger import Ledger, make_ledger
 from ridgeline.engine.text import Detokenizer
 from ridgeline.graph.plan import Plan, compile
 from ridgeline.graph.target import cpu_target, naive_target
@@ -29,10 +30,19 @@ T = TypeVar("T")
 AUTO_KV_DTYPE = {"cpu": "bf16", "reference": "f32"}
 """What kv_dtype "auto" stands for: the fastest that keeps the quality of float32."""
 
+_SCHEDULING = (
+    *("max_open_steps", "prefix_sharing", "speculation", "num_draft_tokens", "ngram_min", "ngram_max"),
+    *("max_queued_requests", "max_queued_tokens", "max_preemptions", "priority_aging_steps", "step_target_us"),
+)
+"""Options that the engine's limits take as they are."""
+
 
 @dataclass
 class Runtime:
-    """A loaded model and the engine that runs it. ``load_seconds`` counts from the file to a ready engine."""
+    """A loaded model and the engine that runs it.
+
+    ``load_seconds`` counts from the file to a ready engine; ``ledger`` says where the memory goes.
+    """
 
     config: EngineConfig
     model: Model
@@ -41,6 +51,7 @@ class Runtime:
     tokenizer: Tokenizer
     engine: Engine
     load_seconds: float
+    ledger: Ledger
     _chat: ChatTemplate | None = field(default=None, repr=False)
 
     def chat_template(self) -> ChatTemplate:
@@ -71,7 +82,7 @@ def _load(config: EngineConfig) -> Runtime:
     start = time.perf_counter()
     model = load_model(resolve(config.model))
     max_len = config.model_len(model.config.context_length)
-    num_blocks = config.pool_blocks(model.config.context_length)
+    num_blocks = config.pool_blocks(model.config.context_length, _block_bytes(config, model))
     if num_blocks * config.block_size < 2:
         raise ConfigError("num_kv_blocks must hold at least 2 tokens: raise it or block_size")
     packing = _Background(lambda: _make_executor(config, model, max_len, num_blocks))
@@ -85,9 +96,31 @@ def _load(config: EngineConfig) -> Runtime:
         vocab_size=model.config.vocab_size,
         block_size=config.block_size,
         num_blocks=[num_blocks] * len(plan.caches),
+        max_sampled_rows=config.sampled_rows(),
+        **{name: getattr(config, name) for name in _SCHEDULING},
     )
-    engine = Engine(executor, limits, eos_ids=tokenizer.eos_ids, detokenizer=detokenizer, seed=config.seed)
-    return Runtime(config, model, plan, executor, tokenizer, engine, time.perf_counter() - start)
+    engine = Engine(
+        executor,
+        limits,
+        eos_ids=tokenizer.eos_ids,
+        detokenizer=detokenizer,
+        encode_word=tokenizer.encode_plain,
+        seed=config.seed,
+    )
+    ledger = make_ledger(plan, executor, limits, config.backend)
+    return Runtime(config, model, plan, executor, tokenizer, engine, time.perf_counter() - start, ledger)
+
+
+def _kv_dtype(config: EngineConfig) -> str:
+    return AUTO_KV_DTYPE[config.backend] if config.kv_dtype == "auto" else config.kv_dtype
+
+
+def _block_bytes(config: EngineConfig, model: Model) -> int:
+    """Bytes of one block in all cache groups; 0 where nobody asks for a cache of so many bytes."""
+    if config.kv_cache_bytes is None:
+        return 0
+    caches = model.graph(1, 1, _kv_dtype(config), config.block_size).caches
+    return sum(c.bytes_per_token * c.block_size for c in caches)
 
 
 @contextmanager
@@ -109,8 +142,8 @@ def _make_tokenizer(model: Model) -> tuple[Tokenizer, Callable[[], Detokenizer]]
 
 def _make_executor(config: EngineConfig, model: Model, max_len: int, num_blocks: int) -> tuple[Plan, Executor]:
     """The plan of ``model`` and the backend that runs it, its weights packed."""
-    kv_dtype = AUTO_KV_DTYPE[config.backend] if config.kv_dtype == "auto" else config.kv_dtype
-    graph = model.graph(config.max_num_batched_tokens, config.max_num_seqs, kv_dtype, config.block_size)
+    kv_dtype = _kv_dtype(config)
+    graph = model.graph(config.max_num_batched_tokens, config.sampled_rows(), kv_dtype, config.block_size)
     plan = compile(graph, naive_target(kv_dtype) if config.backend == "reference" else cpu_target(kv_dtype))
     sizes: dict[str, Any] = {
         "num_slots": config.max_num_seqs,

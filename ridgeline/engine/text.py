@@ -31,10 +31,22 @@ class TextStream:
         self._longest = max((len(s) for s in stop), default=0)
         self._taken = 0
         self._ended = False
+        self._from = 0  # stop strings are looked for from here on
 
-    def push(self, token_id: int) -> bool:
-        """Add one token's text; True when a stop string has ended the text."""
-        return self._add(self._detokenizer.push(token_id))
+    def push(self, token_id: int, may_stop: bool = True) -> bool:
+        """Add one token's text; True when a stop string has ended the text.
+
+        Without ``may_stop`` no stop string is looked for up to the end of this token, not even later.
+        """
+        piece = self._detokenizer.push(token_id)
+        if not self._stop:
+            self.text += piece
+            return False
+        if may_stop:
+            return self._add(piece)
+        self.text += piece
+        self._from = len(self.text)
+        return False
 
     def finish(self) -> bool:
         """Add what the detokenizer still holds; True when a stop string has ended the text."""
@@ -46,7 +58,7 @@ class TextStream:
     def _add(self, piece: str) -> bool:
         if not piece:
             return False
-        start = max(0, len(self.text) - self._longest + 1)
+        start = max(self._from, len(self.text) - self._longest + 1)
         self.text += piece
         if not self._stop:
             return False
@@ -70,7 +82,7 @@ class TextStream:
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        for length in range(min(self._longest - 1, len(self.text)), 0, -1):
+        for length in range(min(self._longest - 1, len(self.text) - self._from), 0, -1):
             tail = self.text[-length:]
             if any(s.startswith(tail) for s in self._stop):
                 return length

@@ -151,7 +151,8 @@ def _prefill(runtime: Runtime, length: int, repetitions: int) -> tuple[list[floa
     engine = runtime.engine
     seconds = []
     for repetition in range(repetitions + 1):  # the first warms up
-        request = engine.make_request(_prompt(runtime, length, repetition), _greedy(1))
+        # A salt of its own: what is in the cache from another run must not be found.
+        request = engine.make_request(_prompt(runtime, length, repetition), _greedy(1), cache_salt=object())
         start = time.perf_counter()
         engine.submit([request])
         while request.finish_reason is None:
@@ -187,7 +188,8 @@ def _start(runtime: Runtime, generate: int, batch: int, repetition: int) -> list
     """``batch`` requests that have read DEPTH tokens each and now only decode."""
     engine = runtime.engine
     params = _greedy(_decode_tokens(runtime, generate, batch))
-    requests = [engine.make_request(_prompt(runtime, DEPTH, repetition * batch + i), params) for i in range(batch)]
+    prompts = [_prompt(runtime, DEPTH, repetition * batch + i) for i in range(batch)]
+    requests = [engine.make_request(prompt, params, cache_salt=object()) for prompt in prompts]
     engine.submit(requests)
     while any(not r.output_ids for r in requests):
         engine.step()
@@ -266,4 +268,11 @@ def _child(runtime: Runtime, prompt: str, number: int) -> tuple[float, float]:
 def _flags(config: EngineConfig) -> list[str]:
     """The command-line flags that make a configuration, but for its model."""
     changed = [(f.name, getattr(config, f.name)) for f in fields(config) if getattr(config, f.name) != f.default]
-    return [word for name, value in changed if name != "model" for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = []
+    for name, value in changed:
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif name != "model":
+            words += [f"--{flag}", str(value)]
+    return words

@@ -27,10 +27,10 @@ def llm(smollm2_path: Path) -> Iterator[LLM]:
         yield model
 
 
-def test_it_knows_the_capital_of_france(llm: LLM) -> None:
+def test_it_knows_capitals(llm: LLM) -> None:
     assert llm.generate(PROMPTS[0], PARAMS[0])[0].outputs[0].text.startswith(" Paris")
-    answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], PARAMS[0])[0].outputs[0]
-    assert "Paris" in answer.text and answer.finish_reason == "stop"
+    answer = llm.chat([{"role": "user", "content": "Which city is the capital of Japan?"}], PARAMS[0])[0].outputs[0]
+    assert "Tokyo" in answer.text and answer.finish_reason == "stop"
 
 
 def test_results_depend_on_neither_batch_nor_chunks_nor_threads(llm: LLM, smollm2_path: Path) -> None:

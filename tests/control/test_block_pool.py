@@ -24,7 +24,7 @@ def test_counts_equal_holders(size: int, steps: list[tuple[str, int]]) -> None:
                 assert len(set(blocks)) == number and not held & set(blocks)
                 tables.append(blocks)
             else:
-                with pytest.raises(ValueError, match="are free"):
+                with pytest.raises(ValueError, match="are available"):
                     pool.allocate(number)
         elif action == "share" and tables:
             table = tables[number % len(tables)]
@@ -56,7 +56,7 @@ def test_wrong_holders_are_refused_and_change_nothing() -> None:
         pool.free([blocks[0], blocks[0]])
     with pytest.raises(ValueError, match="more often"):
         pool.free([blocks[0], 3])
-    with pytest.raises(ValueError, match="not held"):
+    with pytest.raises(ValueError, match="neither held nor cached"):
         pool.share([blocks[0], 3])
     pool.check([blocks])
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ridgeline.core.errors import RequestError, RidgelineError
-from ridgeline.core.types import SamplingParams
+from ridgeline.core.types import SamplingParams, SlotStart
 from ridgeline.engine.engine import Engine, EngineLimits
 from ridgeline.engine.request import Request
-from tests.control.sim import SimExecutor, solo
+from tests.control.sim import SimExecutor, chains, score, solo, state
 
 VOCAB = 50
 EOS = frozenset({7, 31})
@@ -27,6 +27,7 @@ class Case:
     prompt: list[int]
     params: SamplingParams
     abort_at: int | None
+    priority: int = 0
 
 
 @st.composite
@@ -35,14 +36,23 @@ def limits(draw: st.DrawFn) -> EngineLimits:
     block_size = draw(st.sampled_from([1, 2, 4, 16]))
     max_len = draw(st.integers(24, 48))
     whole = -(-max_len // block_size)
-    groups = draw(st.integers(1, 2))
+    windows = draw(st.sampled_from([[0], [0, 0], [0, 5], [0, 9, 2]]))
     return EngineLimits(
         max_requests=max_requests,
         max_tokens=draw(st.integers(max_requests, 20)),
         max_len=max_len,
         vocab_size=VOCAB,
         block_size=block_size,
-        num_blocks=[draw(st.integers(whole, 3 * whole)) for _ in range(groups)],
+        num_blocks=[
+            draw(st.integers(whole if not w else min(whole, -(-(w - 1) // block_size) + 1), 3 * whole)) for w in windows
+        ],
+        windows=windows,
+        max_sampled_rows=max_requests + draw(st.integers(0, 6)),
+        max_open_steps=draw(st.integers(1, 2)),
+        prefix_sharing=draw(st.booleans()),
+        speculation=draw(st.sampled_from([None, "ngram"])),
+        ngram_min=1,
+        max_preemptions=draw(st.integers(0, 3)),
     )
 
 
@@ -50,53 +60,67 @@ def limits(draw: st.DrawFn) -> EngineLimits:
 def cases(draw: st.DrawFn) -> Case:
     params = SamplingParams(
         max_tokens=draw(st.integers(1, 20)),
-        seed=draw(st.integers(0, 2**64 - 1)),
+        seed=draw(st.integers(0, 2**60)),
+        n=draw(st.sampled_from([1, 1, 1, 3])),
+        prompt_logprobs=draw(st.sampled_from([None, None, 0])),
         ignore_eos=draw(st.booleans()),
         stop_token_ids=tuple(draw(st.lists(st.integers(0, VOCAB - 1), max_size=2))),
     )
-    prompt = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=23))
-    return Case(draw(st.integers(0, 12)), prompt, params, draw(st.none() | st.integers(0, 25)))
+    shared = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3][: draw(st.sampled_from([0, 0, 7, 16]))]
+    prompt = shared + draw(st.lists(st.integers(0, VOCAB - 1), min_size=0 if shared else 1, max_size=23 - len(shared)))
+    return Case(
+        draw(st.integers(0, 12)), prompt, params, draw(st.none() | st.integers(0, 25)), draw(st.integers(-1, 1))
+    )
 
 
 def make_engine(bounds: EngineLimits, executor: SimExecutor | None = None) -> Engine:
     return Engine(executor or SimExecutor(bounds), bounds, eos_ids=EOS, seed=0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(limits(), st.lists(cases(), min_size=1, max_size=10))
 def test_stream_equals_solo_run(bounds: EngineLimits, mix: list[Case]) -> None:
     engine = make_engine(bounds)
-    requests: dict[int, Request] = {}
+    requests: dict[int, list[Request]] = {}
     step = 0
     while step <= 12 or engine.has_work:
         for number, case in enumerate(mix):
             if case.arrival == step:
-                requests[number] = engine.make_request(case.prompt, case.params)
-                engine.submit([requests[number]])
+                requests[number] = engine.make_requests(case.prompt, case.params, priority=case.priority)
+                engine.submit(requests[number])
             if case.abort_at == step and number in requests:
-                engine.abort(requests[number])
+                engine.abort(requests[number][-1])
         engine.check()
         if engine.has_work:
             engine.step()
         engine.check()
         step += 1
-        assert step < 2000, "requests wait for ever"
+        assert step < 3000, "requests wait for ever"
     for number, case in enumerate(mix):
-        tokens, reason = solo(case.prompt, case.params, VOCAB, bounds.max_len, EOS)
-        request = requests[number]
-        if request.finish_reason == "abort":
-            assert case.abort_at is not None
-            assert request.output_ids == tokens[: len(request.output_ids)]
-        else:
-            assert (request.output_ids, request.finish_reason) == (tokens, reason)
+        for request in requests[number]:
+            check_result(request, case, bounds)
     assert_idle(engine)
+
+
+def check_result(request: Request, case: Case, bounds: EngineLimits) -> None:
+    """A request has given what it gives alone, up to where it was aborted."""
+    tokens, reason = solo(case.prompt, case.params, VOCAB, bounds.max_len, EOS, request.index)
+    if request.finish_reason == "abort":
+        assert case.abort_at is not None
+        assert request.output_ids == tokens[: len(request.output_ids)]
+        return
+    assert (request.output_ids, request.finish_reason) == (tokens, reason)
+    if case.params.prompt_logprobs is not None and request.index == 0:
+        before = chains(case.prompt)
+        expected = [score(chain, token) for chain, token in zip(before, case.prompt[1:], strict=False)]
+        assert request.prompt_logprobs is not None
+        np.testing.assert_allclose([own for own, _, _ in request.prompt_logprobs], expected, rtol=1e-6)
 
 
 def assert_idle(engine: Engine) -> None:
     """An idle engine holds nothing."""
     assert not engine.has_work
-    assert all(pool.num_free == pool.num_blocks for pool in engine._pools)
-    assert len(engine._free_slots) == engine.limits.max_requests
+    engine.check()
 
 
 BOUNDS = EngineLimits(4, 16, 64, VOCAB, 4, [64])
@@ -135,18 +159,24 @@ def test_requests_run_side_by_side_and_decode_comes_first() -> None:
     assert executor.largest == 2
 
 
-def test_a_negative_token_is_reported_as_damaged_weights() -> None:
+def test_logits_that_are_not_numbers_end_their_request_only() -> None:
     class Nan(SimExecutor):
         def finish(self, ticket, masks=None):  # type: ignore[no-untyped-def]
             output = super().finish(ticket, masks)
-            output.token_ids[:] = -1
+            if self.steps == 2:
+                output.token_ids[0] = -1
             return output
 
     engine = make_engine(BOUNDS, Nan(BOUNDS))
-    engine.submit([engine.make_request([1], SamplingParams())])
-    with pytest.raises(RidgelineError, match="NaN"):
+    params = SamplingParams(max_tokens=8, seed=3, ignore_eos=True)
+    damaged, whole = engine.make_request([1], params), engine.make_request([2], params)
+    engine.submit([damaged, whole])
+    while engine.has_work:
         engine.step()
-    assert_idle(engine)
+        engine.check()
+    assert damaged.finish_reason == "error" and damaged.error is not None and "NaN" in damaged.error
+    assert len(damaged.output_ids) == 1
+    assert whole.output_ids == solo([2], params, VOCAB, 64, EOS)[0]
 
 
 @pytest.mark.parametrize(
@@ -191,3 +221,61 @@ def test_seeds_are_drawn_from_the_engines_seed() -> None:
     seeds = {int(engine.make_request([1], SamplingParams()).row["seed"]) for _ in range(8)}
     assert len(seeds) == 8
     assert engine.make_request([1], SamplingParams(seed=2**64 - 1)).row["seed"] == np.uint64(2**64 - 1)
+
+
+@pytest.mark.parametrize("open_steps", [1, 2])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_pooled_states_do_not_depend_on_chunks(pooling: str, open_steps: int) -> None:
+    prompts = [list(range(1, 1 + n)) for n in (1, 9, 40, 64)]
+    for rows in (4, 16):
+        bounds = EngineLimits(4, 16, 64, VOCAB + 20, 4, [64], max_sampled_rows=rows, max_open_steps=open_steps)
+        engine = make_engine(bounds)
+        requests = [engine.make_pooling_request(p, pooling) for p in prompts]
+        engine.submit(requests)
+        while engine.has_work:
+            engine.step()
+            engine.check()
+        for request, prompt in zip(requests, prompts, strict=True):
+            states = np.array([state(c) for c in chains(prompt)])
+            expected = states.sum(axis=0) / len(prompt) if pooling == "mean" else states[-1]
+            np.testing.assert_array_equal(request.pooled, expected)
+            assert request.finish_reason == "stop"
+
+
+def test_a_slot_starts_with_what_its_request_asks_of_the_sampler_and_is_cleared_after() -> None:
+    class Starts(SimExecutor):
+        def launch(self, batch):  # type: ignore[no-untyped-def]
+            starts.extend(batch.slot_starts)
+            return super().launch(batch)
+
+    starts: list[SlotStart] = []
+    bounds = EngineLimits(1, 16, 64, VOCAB, 4, [64])
+    engine = make_engine(bounds, Starts(bounds))
+    plain = SamplingParams(max_tokens=2, seed=1)
+    asking = SamplingParams(
+        max_tokens=9, seed=1, repetition_penalty=1.5, logit_bias={3: -2.0}, bad_words=[[4, 5]], min_tokens=2
+    )
+    prompts = [[1, 2], list(range(9)), list(range(9)), [1], [2]]
+    for prompt, params in zip(prompts, [plain, asking, asking, plain, plain], strict=True):
+        engine.submit([engine.make_request(prompt, params)])
+        while engine.has_work:
+            engine.step()
+    assert [s.slot for s in starts] == [0, 0, 0], "two that ask, and one that comes after them"
+    assert (starts[0].prompt_len, starts[0].tokens.tolist()) == (9, [])
+    assert starts[1].tokens.tolist() == list(range(8)), "a prefix hit, which no batch feeds"
+    assert starts[0].bad_words == ((4, 5),) and starts[0].bias.tolist() == [-2.0]
+    assert (starts[0].min_tokens, starts[0].min_tokens_ids.tolist()) == (2, sorted(EOS))
+    assert starts[2].repetition_penalty == 1.0 and not starts[2].bad_words
+
+
+def test_a_failing_step_with_two_under_way_drops_everything() -> None:
+    bounds = EngineLimits(4, 16, 64, VOCAB, 4, [64], max_open_steps=2)
+    executor = SimExecutor(bounds, error=RidgelineError("broken"), fail_at=5)
+    engine = make_engine(bounds, executor)
+    requests = [engine.make_request([n, 1], SamplingParams(max_tokens=20, ignore_eos=True)) for n in range(6)]
+    engine.submit(requests)
+    with pytest.raises(RidgelineError, match="broken"):
+        for _ in range(5):
+            engine.step()
+    assert not executor.open and {r.finish_reason for r in requests} == {"abort"}
+    assert_idle(engine)

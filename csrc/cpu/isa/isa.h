@@ -2,11 +2,18 @@
 // instruction set with RL_ISA set to its name; kernels are written against these primitives alone.
 #pragma once
 
-#if defined(RL_ISA_AVX512)
+#if defined(RL_ISA_AMX) || defined(RL_ISA_AVX512)
+#if defined(RL_ISA_AMX)
+#define RL_ISA amx
+#else
 #define RL_ISA avx512
+#endif
 // Register blocks must live in registers, so their loops are unrolled whole.
 #define RL_UNROLL _Pragma("GCC unroll 16")
 #include "vec_avx512.h"
+#if defined(RL_ISA_AMX)
+#include "tile_amx.h"
+#endif
 #else
 #define RL_ISA generic
 #define RL_UNROLL

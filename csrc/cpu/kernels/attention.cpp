@@ -10,11 +10,15 @@
 #include "kernels/kv.h"
 #include "kernels/quantize.h"
 #include "kernels/table.h"
+#if defined(RL_ISA_AMX)
+#include "kernels/attention_amx.h"
+#endif
 
 namespace ridgeline::RL_ISA {
 namespace {
 
 constexpr int kRows = 6;        // query rows of one register block
+constexpr int kAheadRows = 6;   // up to here a chunk's data takes longer to arrive than to compute
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 struct Scratch {
@@ -24,7 +28,11 @@ struct Scratch {
   float m[kRows], l[kRows];
   float tile_m[kMaxTileRows], tile_l[kMaxTileRows];
   alignas(64) float tile_o[kMaxTileRows * kMaxHeadDim];
-  alignas(64) uint8_t queries[kMaxTileRows * kMaxHeadDim * 4];  // of a task that rotates its own
+  alignas(64) uint8_t queries[kMaxTileRows * kMaxHeadDim * 4];  // of a task that rotates its own, or uses tiles
+#if defined(RL_ISA_AMX)
+  TileScratch tiles;
+  int configured;  // rows that the tile registers are shaped for, 0: none
+#endif
 };
 static_assert(sizeof(Scratch) <= kScratchBytes);
 
@@ -267,7 +275,7 @@ struct Task {
     int dim = a.rope.head_dim;
     const uint8_t *keys[kChunk / kBlock], *coming[kChunk / kBlock], *const* next = nullptr;
     find_keys(chunk, keys);
-    if (rows() <= kRows) {  // many rows compute for longer than a chunk takes to arrive
+    if (rows() <= kAheadRows) {  // many rows compute for longer than a chunk takes to arrive
       if (chunk + 1 < t.chunk_end) {
         find_keys(chunk + 1, coming);
         next = coming;
@@ -276,6 +284,7 @@ struct Task {
         next = coming;
       }
     }
+    if (on_tiles()) return run_tiles(chunk, keys, next);
     const Partial* partials = s.cache.dtype == Dtype::BF16  ? kPartials<Dtype::BF16>
                               : s.cache.dtype == Dtype::F16 ? kPartials<Dtype::F16>
                               : s.cache.dtype == Dtype::Q8  ? kPartials<Dtype::Q8>
@@ -297,6 +306,36 @@ struct Task {
       for (int i = 0; i < count; i++) absorb(at[i], chunk, x.m[i], x.l[i], x.partial[i]);
     }
   }
+
+#if defined(RL_ISA_AMX)
+  bool on_tiles() const { return s.cache.dtype == Dtype::BF16 && a.rope.head_dim % 32 == 0; }
+
+  void run_tiles(int chunk, const uint8_t* const* keys, const uint8_t* const* next) const {
+    const int dim = a.rope.head_dim;
+    for (int row = 0; row < rows(); row += kAttentionTileRows) {
+      int limits[kAttentionTileRows], first = row;
+      const int end = std::min(row + kAttentionTileRows, rows());
+      while (first < end && s.positions[token(first)] < chunk * kChunk) first++;  // rows of tokens before the chunk
+      for (int r = first; r < end; r++) limits[r - first] = std::min(kChunk, s.positions[token(r)] + 1 - chunk * kChunk);
+      if (first == end) continue;
+      TileScratch& t = x.tiles;
+      tile_chunk(x.queries + 2 * (size_t)first * dim, end - first, keys, limits, dim, a.scale * 1.44269504f,
+                 s.cache.run_bytes, next, t, x.configured);
+      for (int r = first; r < end; r++) absorb(r, chunk, t.m[r - first], t.l[r - first], t.outputs[r - first]);
+    }
+  }
+
+  // The rows' queries one after another, as a tile takes them.
+  void gather_queries() const {
+    const size_t bytes = 2 * (size_t)a.rope.head_dim;
+    for (int r = 0; r < rows(); r++)
+      std::memcpy(x.queries + r * bytes, s.at(a.rope.q, token(r)) + head(r) * bytes, bytes);
+  }
+#else
+  static bool on_tiles() { return false; }
+  void run_tiles(int, const uint8_t* const*, const uint8_t* const*) const {}
+  void gather_queries() const {}
+#endif
 
   void absorb(int row, int chunk, float m, float l, const float* o) const {
     float* total = x.tile_o + (size_t)row * a.rope.head_dim;
@@ -357,6 +396,7 @@ struct Task {
       if (s.cache.dtype == Dtype::F32) rotate_own<Dtype::F32>();
       if (s.cache.dtype == Dtype::Q8) rotate_own<Dtype::Q8>();
     }
+    if (!s.one_each && on_tiles()) gather_queries();
     for (int chunk = t.chunk_begin; chunk < t.chunk_end; chunk++) run_chunk(chunk, after);
     if (t.split >= 0) return finish_split();
     for (int r = 0; r < rows(); r++) store(r, x.tile_l[r], x.tile_o + (size_t)r * a.rope.head_dim);
@@ -382,10 +422,16 @@ void attention(const AttentionArgs& a, const Step& s, Worker& w) {
     while (i < count && w.team.owner(s.attention[(size_t)(i / kv_heads)].token_begin, s.tokens) != w.thread) i++;
     return i;
   };
+#if defined(RL_ISA_AMX)
+  x.configured = 0;
+#endif
   // A thread's own tokens first, whose queries and cache it has at hand; then what others have left, from the end.
   for (int i = next_own(0), next; i < count; i = next) run(i, next = next_own(i + 1));
   for (int i = count - 1; i >= 0; i--)
     if (s.attention_claims[i].load(std::memory_order_relaxed) != mark) run(i, count);
+#if defined(RL_ISA_AMX)
+  if (x.configured) tile_release();
+#endif
 }
 
 }  // namespace ridgeline::RL_ISA

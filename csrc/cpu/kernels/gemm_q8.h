@@ -1,9 +1,9 @@
 // The integer matrix product: int8 activations by 4- or 8-bit weights, R rows by a panel of 32 columns.
 //
 // One output element is accumulated over groups of K in ascending order, whatever R:
-//   exact integer sum over 32 products, one conversion, one fused multiply-add by scale_w * scale_a,
-//   and for formats with a minimum one by minimum * (scale_a * sum a).
-// So a row's result does not depend on the rows computed beside it.
+//   exact integer sum over 32 products, one conversion, one fused multiply-add by scale_w * scale_a;
+// for formats with a minimum a second such chain of minimum * (scale_a * sum a) is added at the end.
+// So a row's result does not depend on the rows computed beside it, nor on who multiplies (gemm_amx.h).
 #pragma once
 
 #include "isa/isa.h"
@@ -40,6 +40,19 @@ RL_UNROLL
 
 inline constexpr int kLinesPerGroup = 4;  // fetched from `elsewhere`
 
+// acc[r] += minimum * (scale_a * sum a) of one group; sums[r] points at the row's scaled sums.
+template <int R>
+inline __attribute__((always_inline)) void add_minima(F32 (&acc)[R][2], const uint8_t* minima,
+                                                      const float* const (&sums)[R], int g) {
+  const F32 minimum[2] = {load_f16(minima), load_f16(minima + 32)};
+RL_UNROLL
+  for (int r = 0; r < R; r++) {
+    const F32 t = splat(sums[r][g]);
+    acc[r][0] = fma(minimum[0], t, acc[r][0]);
+    acc[r][1] = fma(minimum[1], t, acc[r][1]);
+  }
+}
+
 // out[r] = row r of `a` (q8 rows, `stride` bytes apart) times a panel. Meanwhile what lies `ahead` bytes
 // further on is fetched into the cache, if ahead is not 0, or memory from `elsewhere`, if that is not null.
 template <Format kFormat, int R>
@@ -47,14 +60,20 @@ inline __attribute__((always_inline)) void gemm_q8(F32 (&out)[R][2], int k, cons
                                                    size_t stride, size_t ahead,
                                                    const uint8_t* elsewhere) {
   constexpr int kRecord = record_bytes(kFormat), kCodes = code_bytes(kFormat);
+  constexpr bool kMinimum = kFormat == Format::Q4_1;
+  constexpr bool kOnePass = R <= 2;  // more rows have no registers for both chains: the panel is in the cache by then
   const int8_t* rows[R];
+  const float* scaled_sums[R];
+  F32 low[R][2];
+  const size_t scales_at = q8_scales_at(k), sums_at = q8_sums_at(k);
 RL_UNROLL
   for (int r = 0; r < R; r++) {
     rows[r] = a + r * stride;
-    out[r][0] = out[r][1] = zero_f();
+    scaled_sums[r] = (const float*)(a + r * stride + q8_scaled_sums_at(k));
+    out[r][0] = out[r][1] = low[r][0] = low[r][1] = zero_f();
   }
-  const size_t scales_at = q8_scales_at(k), scaled_sums_at = q8_scaled_sums_at(k), sums_at = q8_sums_at(k);
-  for (int g = 0; g < k / kGroup; g++, panel += kRecord) {
+  const uint8_t* record = panel;
+  for (int g = 0; g < k / kGroup; g++, record += kRecord) {
     I32 acc[R][2];
 RL_UNROLL
     for (int r = 0; r < R; r++) {
@@ -65,32 +84,34 @@ RL_UNROLL
     }
     if (ahead) {
 RL_UNROLL
-      for (int line = 0; line < kRecord; line += 64) prefetch(panel + ahead + line);
+      for (int line = 0; line < kRecord; line += 64) prefetch(record + ahead + line);
     }
     if (elsewhere) {
 RL_UNROLL
       for (int line = 0; line < kLinesPerGroup; line++) prefetch(elsewhere + 64 * line);
       elsewhere += 64 * kLinesPerGroup;
     }
-    dot_group<kFormat, R>(acc, panel, rows);
-    const F32 scale[2] = {load_f16(panel + kCodes), load_f16(panel + kCodes + 32)};
+    dot_group<kFormat, R>(acc, record, rows);
+    const F32 scale[2] = {load_f16(record + kCodes), load_f16(record + kCodes + 32)};
 RL_UNROLL
     for (int r = 0; r < R; r++) {
       F32 s = splat(((const float*)(a + r * stride + scales_at))[g]);
       out[r][0] = fma(to_f(acc[r][0]), mul(scale[0], s), out[r][0]);
       out[r][1] = fma(to_f(acc[r][1]), mul(scale[1], s), out[r][1]);
     }
-    if constexpr (kFormat == Format::Q4_1) {
-      const F32 minimum[2] = {load_f16(panel + kCodes + 64), load_f16(panel + kCodes + 96)};
-RL_UNROLL
-      for (int r = 0; r < R; r++) {
-        F32 t = splat(((const float*)(a + r * stride + scaled_sums_at))[g]);
-        out[r][0] = fma(minimum[0], t, out[r][0]);
-        out[r][1] = fma(minimum[1], t, out[r][1]);
-      }
-    }
+    if constexpr (kMinimum && kOnePass) add_minima<R>(low, record + kCodes + 64, scaled_sums, g);
 RL_UNROLL
     for (int r = 0; r < R; r++) rows[r] += kGroup;
+  }
+  if constexpr (kMinimum) {
+    record = panel + kCodes + 64;
+    for (int g = 0; g < (kOnePass ? 0 : k / kGroup); g++, record += kRecord)
+      add_minima<R>(low, record, scaled_sums, g);
+RL_UNROLL
+    for (int r = 0; r < R; r++) {
+      out[r][0] = add(out[r][0], low[r][0]);
+      out[r][1] = add(out[r][1], low[r][1]);
+    }
   }
 }
 

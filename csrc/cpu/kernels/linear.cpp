@@ -3,16 +3,20 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/cache_ahead.h"
 #include "kernels/gemm_float.h"
 #include "kernels/gemm_q8.h"
 #include "kernels/quantize.h"
 #include "kernels/table.h"
 
+#if defined(RL_ISA_AMX)
+#include "kernels/linear_amx.h"
+#endif
+
 namespace ridgeline::RL_ISA {
 namespace {
 
-constexpr int kMaxRows = 8;      // rows of one register block
-constexpr int kStreamRows = 16;  // up to here reading the weights matters beside the arithmetic
+constexpr int kMaxRows = 8;  // rows of one register block
 constexpr size_t kFetchAhead = 16384;
 
 // Starts to bring a panel into the cache. With 8-bit records a core asks for this many lines ahead of eight rows
@@ -20,38 +24,6 @@ constexpr size_t kFetchAhead = 16384;
 inline void fetch_panel(const uint8_t* panel, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) prefetch(panel + i);
 }
-
-// Hands out, piece by piece, the cache that this thread's next attention tasks read. Enough rows keep a product busy
-// with arithmetic while memory is idle; attention, the other way round, waits for memory.
-class CacheAhead {
- public:
-  CacheAhead(const LinearArgs& a, const Step& s, Worker& w) : a_(a), s_(s), w_(w) {
-    const int size = w.team.size();
-    const size_t first = (size_t)((long)s.requests * w.thread / size);
-    const size_t last = (size_t)((long)s.requests * (w.thread + 1) / size);
-    const bool spare = s.one_each && s.requests > kStreamRows && a.next_layer >= 0 && is_quantized(a.w.format);
-    begin_ = spare ? s.read_starts[first] : 0;
-    blocks_ = spare ? s.read_starts[last] - begin_ : 0;
-    span_ = std::max(1, (int)((size_t)(a.w.k / kGroup) * kLinesPerGroup * 64 / (s.cache.run_bytes / kCluster)));
-    if (blocks_ && w.fetch_layer != a.next_layer) w.fetch_layer = a.next_layer, w.fetched = 0;
-  }
-
-  // The keys or values of one head in the next blocks, as many as one product fetches; null at the end. Blocks in a
-  // row are taken to lie in a row.
-  const uint8_t* take() {
-    if (w_.fetched >= blocks_ * 2 * s_.kv_heads) return nullptr;
-    const int part = w_.fetched / blocks_, at = w_.fetched % blocks_;
-    const uint8_t* block = s_.read_blocks[(size_t)(begin_ + at)];
-    w_.fetched += std::min(span_, blocks_ - at);
-    return block + (size_t)a_.next_layer * s_.cache.layer_bytes + (size_t)part * s_.cache.run_bytes;
-  }
-
- private:
-  const LinearArgs& a_;
-  const Step& s_;
-  Worker& w_;
-  int begin_ = 0, blocks_ = 0, span_ = 1;
-};
 
 // R rows by one panel. `cold`: this thread has not read the panel yet; else there is room to fetch `elsewhere`.
 template <Format kFormat, int R>
@@ -137,14 +109,26 @@ const Block* blocks_of(Format f) {
   }
 }
 
+// Runs the layer on tile registers, where there are any and they are faster; the bits are the same.
+bool on_tiles([[maybe_unused]] const LinearArgs& a, [[maybe_unused]] const Step& s, [[maybe_unused]] Worker& w,
+              [[maybe_unused]] CacheAhead& cache, [[maybe_unused]] int units) {
+#if defined(RL_ISA_AMX)
+  if (a.w.format == Format::Q4_1) return tile_linear<Format::Q4_1>(a, s, w, cache, units);
+  if (a.w.format == Format::Q4_0) return tile_linear<Format::Q4_0>(a, s, w, cache, units);
+  if (a.w.format == Format::Q8_0) return tile_linear<Format::Q8_0>(a, s, w, cache, units);
+#endif
+  return false;
+}
+
 }  // namespace
 
 void linear(const LinearArgs& a, const Step& s, Worker& w) {
   const Block* blocks = blocks_of(a.w.format);
   const int rows = s.rows(a.rows), columns = a.epilogue == Epilogue::None ? kPanel : 2 * kPanel;
   const int units = (a.w.n + columns - 1) / columns;
-  // Six rows by a panel keep all accumulators in registers; for few rows, eight read the weights fewer times.
   CacheAhead cache(a, s, w);
+  if (on_tiles(a, s, w, cache, units)) return;
+  // Six rows by a panel keep all accumulators in registers; for few rows, eight read the weights fewer times.
   auto run = [&](int unit, int row_begin, int row_end, bool cold) {
     const int count = row_end - row_begin, most = rows <= kStreamRows ? 8 : 6, parts = (count + most - 1) / most;
     for (int b = 0; b < parts; b++) {  // parts differ by at most one row
