@@ -65,12 +65,17 @@ class Work:
 
 @dataclass(slots=True)
 class Step:
-    """A launched step."""
+    """A launched step.
+
+    Attributes:
+        copies: (source, destination) blocks per cache group, or no groups at all.
+        sources: for each group, the slots whose tables hold each source.
+    """
 
     work: list[Work]
     copies: list[list[list[int]]]
+    sources: list[dict[int, set[int]]]
     starts: list[SlotStart]
-    rows: int
 
 
 @dataclass(slots=True)
@@ -125,7 +130,11 @@ class BatchReader:
         self._update(batch.block_updates)
         copies = self._copies(batch.block_copies)
         opened = self._starts(batch.slot_starts, slots)
-        step = Step([], copies, list(batch.slot_starts), len(rows))
+        sources = [
+            {s: {i for i, t in enumerate(tables) if s in t} for s, _ in pairs}
+            for pairs, tables in zip(copies, self.tables, strict=False)
+        ]
+        step = Step([], copies, sources, list(batch.slot_starts))
         at = 0
         for b, slot in enumerate(slots):
             low, high = starts[b], starts[b + 1]

@@ -101,7 +101,7 @@ class SimModel:
         number = counts.steps
         if self.fail("middle"):
             self._drain()
-            self._run(Step(step.work[: len(step.work) // 2], step.copies, step.starts, step.rows))
+            self._run(Step(step.work[: len(step.work) // 2], step.copies, step.sources, step.starts))
             for work in step.work:
                 self.reader.slots[work.slot].drafting = False
             raise Fault("middle")
