@@ -99,9 +99,11 @@ def bench(
     except ValueError:
         raise ConfigError(f"--batch must be numbers with commas between, such as 1,8,32, got {batch!r}") from None
     from ridgeline.api.report import as_json, print_table
+    from ridgeline.engine.ledger import render_ledger
     from ridgeline.perf.bench import run_bench
 
     llm = _load(model, engine)
+    print(render_ledger(llm.runtime.ledger))
     report = run_bench(llm.runtime, prompt, generate, batches, repetitions)
     print_table(llm.runtime, report)
     if output == "json":

@@ -162,7 +162,7 @@ class SamplingParams:
             "token ids with numbers from -100 to 100",
         )
         need(
-            all(w and (isinstance(w, str) or all(whole(t) for t in w)) for w in self.bad_words),
+            all(w and (isinstance(w, str) or isinstance(w, tuple) and all(map(whole, w))) for w in self.bad_words),
             "bad_words",
             "non-empty texts or sequences of token ids",
         )

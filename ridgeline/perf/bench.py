@@ -151,7 +151,8 @@ def _prefill(runtime: Runtime, length: int, repetitions: int) -> tuple[list[floa
     engine = runtime.engine
     seconds = []
     for repetition in range(repetitions + 1):  # the first warms up
-        request = engine.make_request(_prompt(runtime, length, repetition), _greedy(1))
+        # A salt of its own: what is in the cache from another run must not be found.
+        request = engine.make_request(_prompt(runtime, length, repetition), _greedy(1), cache_salt=object())
         start = time.perf_counter()
         engine.submit([request])
         while request.finish_reason is None:
@@ -187,7 +188,8 @@ def _start(runtime: Runtime, generate: int, batch: int, repetition: int) -> list
     """``batch`` requests that have read DEPTH tokens each and now only decode."""
     engine = runtime.engine
     params = _greedy(_decode_tokens(runtime, generate, batch))
-    requests = [engine.make_request(_prompt(runtime, DEPTH, repetition * batch + i), params) for i in range(batch)]
+    prompts = [_prompt(runtime, DEPTH, repetition * batch + i) for i in range(batch)]
+    requests = [engine.make_request(prompt, params, cache_salt=object()) for prompt in prompts]
     engine.submit(requests)
     while any(not r.output_ids for r in requests):
         engine.step()

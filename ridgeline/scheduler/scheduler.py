@@ -399,7 +399,8 @@ class Scheduler:
         What ended sequences held until no step under way could write it is free from now on.
         """
         self._finished_step = plan.number
-        self.budget.observe(took_us, plan.num_tokens, len(plan.decodes))
+        drafted = sum(bool(chunk.drafts) for chunk in plan.chunks)
+        self.budget.observe(took_us, plan.num_tokens, len(plan.decodes) + drafted)
         while self._leaving and self._leaving[0][0] <= plan.number:
             _, slot, table = self._leaving.popleft()
             self.cache.free(table)

@@ -44,7 +44,7 @@ def test_sizes_that_do_not_fit_are_refused(
 def test_a_request_that_stands_still_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Still(Engine):
         def step(self) -> None:
-            if self._waiting or self._prefilling:
+            if self.num_waiting or any(not s.prefilled for s in self._scheduler.running):
                 super().step()
 
     monkeypatch.setattr(bench, "measure_peaks", lambda *args: Peaks(1.0, 1.0, 1.0, 1.0))

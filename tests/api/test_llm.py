@@ -11,8 +11,9 @@ import pytest
 
 import ridgeline
 from ridgeline import LLM, ConfigError, EngineConfig, RequestError, RidgelineError, SamplingParams
+from ridgeline.core.config import parse_bytes
 from ridgeline.engine.engine import Engine, EngineLimits
-from tests.control.sim import SimExecutor, solo
+from tests.control.sim import SimExecutor, chains, score, solo, state
 
 LIMITS = EngineLimits(4, 16, 64, 128, 4, [64])
 EOS = frozenset({3})
@@ -179,6 +180,14 @@ def test_what_is_no_prompt_and_no_conversation_is_refused(llm: LLM) -> None:
         ("stop", [3, b"x", ["ok", 3], [""], {"a": 1}]),
         ("stop_token_ids", [3, "12", [1.5], [[1]], {1: 2}]),
         ("ignore_eos", ["yes", 1, None]),
+        ("prompt_logprobs", [-1, 65, 1.5, True]),
+        ("n", [0, -1, 1.5, True, None, 2**16 + 1]),
+        ("repetition_penalty", [0, -1, float("nan"), float("inf"), "high"]),
+        ("presence_penalty", [-2.1, 2.1, float("nan"), None]),
+        ("frequency_penalty", [-2.1, 2.1, float("nan"), None]),
+        ("logit_bias", [[1], {"a": 1}, {1: 101}, {1: float("nan")}, {1: "x"}]),
+        ("bad_words", ["word", 3, [""], [[]], [[1.5]], [3]]),
+        ("min_tokens", [-1, 17, 1.5, None]),
     ],
 )
 def test_sampling_parameters_that_cannot_work(name: str, values: list[Any]) -> None:
@@ -193,6 +202,72 @@ def test_sampling_parameters_of_other_types_that_can() -> None:
     )
     assert params.stop == ("a",) and params.stop_token_ids == (4, 5)
     assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
+
+
+def test_greedy_samples_are_all_the_same_and_so_refused() -> None:
+    with pytest.raises(RequestError, match="^n must be 1 at temperature 0"):
+        SamplingParams(n=2, temperature=0)
+
+
+def test_several_samples_of_a_prompt(llm: LLM) -> None:
+    params = SamplingParams(n=3, seed=4, max_tokens=6, ignore_eos=True)
+    outputs = llm.generate(["hello", "abc"], params)
+    for prompt, output in zip(["hello", "abc"], outputs, strict=True):
+        assert [o.index for o in output.outputs] == [0, 1, 2]
+        for o in output.outputs:
+            ids = list(prompt.encode())
+            assert o.token_ids == solo(ids, params, LIMITS.vocab_size, LIMITS.max_len, EOS, o.index)[0]
+
+
+def test_prompt_logprobs_leave_the_first_token_out(llm: LLM) -> None:
+    ids = list(b"some longer prompt than a step has rows")
+    output = llm.generate([ids], SamplingParams(prompt_logprobs=0, seed=1, max_tokens=2, n=2))[0]
+    assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
+    expected = [score(chain, token) for chain, token in zip(chains(ids), ids[1:], strict=False)]
+    for token, value, entry in zip(ids[1:], expected, output.prompt_logprobs[1:], strict=True):
+        assert entry is not None and entry[token].logprob == pytest.approx(value)
+    assert llm.generate("a", SEEDED)[0].prompt_logprobs is None
+
+
+def test_embeddings(llm: LLM) -> None:
+    outputs = llm.embed(["abcdefgh", "b"])
+    states = np.array([state(c) for c in chains(list(b"abcdefgh"))])
+    assert outputs[0].embedding == (states.sum(axis=0) / 8).tolist() and len(outputs) == 2
+    assert llm.embed("abcdefgh", pooling="last")[0].embedding == states[-1].tolist()
+    with pytest.raises(RequestError, match="pooling must be 'mean' or 'last'"):
+        llm.embed("a", pooling="max")
+    with pytest.raises(RequestError, match="did you mean 'pooling'"):
+        llm.embed("a", poling="mean")
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"logit_bias": {128: 1.0}}, "logit_bias names token id 128"),
+        ({"bad_words": [[128]]}, "bad_words names token id 128"),
+        ({"bad_words": ["word"]}, "bad_words as texts need a tokenizer"),
+    ],
+)
+def test_tokens_that_are_not_are_refused(llm: LLM, params: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm.generate("a", SamplingParams(**params))
+
+
+def test_a_stream_is_one_completion(llm: LLM) -> None:
+    for params in (SamplingParams(n=2), SamplingParams(prompt_logprobs=1)):
+        with pytest.raises(RequestError, match="LLM.stream gives one completion"):
+            llm.stream("a", params)
+
+
+def test_stop_strings_wait_for_min_tokens(llm: LLM) -> None:
+    params = {"seed": 4, "max_tokens": 30, "ignore_eos": True}
+    ids, text = [], ""
+    ids = expected("go", SamplingParams(**params))[0]
+    text = "".join(chr(i) for i in ids if i >= 32)
+    stop = text[2]
+    number = next(n for n in range(len(ids)) if chr(ids[n]) == stop) + 1
+    output = llm.generate("go", SamplingParams(**params, stop=stop, min_tokens=number))[0].outputs[0]
+    assert len(output.token_ids) > number
 
 
 def test_interrupt_in_the_middle_leaves_a_usable_llm(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +316,15 @@ def test_public_names_come_when_asked_for() -> None:
         ({"num_kv_blocks": 2**31}, "num_kv_blocks must be at most"),
         ({"max_num_batched_tokens": 2**63}, "max_num_batched_tokens must be at most"),
         ({"seed": 2**64}, "seed must be at most"),
+        ({"max_open_steps": 2}, "the cpu backend runs one step at a time"),
+        ({"max_open_steps": 3}, "max_open_steps must be at most 2"),
+        ({"max_sampled_rows": 8}, "max_sampled_rows .8. must be at least max_num_seqs"),
+        ({"speculation": "medusa"}, "speculation must be one of ngram"),
+        ({"ngram_min": 5}, "ngram_min .5. must be at most ngram_max"),
+        ({"prefix_sharing": 1}, "prefix_sharing must be True or False"),
+        ({"max_queued_requests": 0}, "max_queued_requests must be an integer of at least 1"),
+        ({"kv_cache_bytes": "2 apples"}, "kv_cache_bytes must be a size such as 512MiB"),
+        ({"kv_cache_bytes": "1GiB", "num_kv_blocks": 3}, "give one of them"),
         ({"backend": "reference", "threads": 2}, "the reference backend takes no threads"),
         ({"backend": "reference", "isa": "generic"}, "the reference backend takes no isa"),
     ],
@@ -257,6 +341,14 @@ def test_pool_and_context_sizes() -> None:
     assert EngineConfig(max_num_seqs=1).pool_blocks(8192) == 512  # one sequence at full length fits
     assert EngineConfig(max_num_seqs=2, max_model_len=100).pool_blocks(8192) == 14
     assert EngineConfig(num_kv_blocks=9).pool_blocks(8192) == 9
+    assert EngineConfig(kv_cache_bytes="1.5MiB").pool_blocks(8192, 2**18) == 6
+    assert EngineConfig(kv_cache_bytes=2**20).pool_blocks(8192, 2**18) == 4
+    assert parse_bytes("x", "2 GB") == 2 * 10**9 and parse_bytes("x", "17") == 17
+    with pytest.raises(ConfigError, match="gives 0 blocks"):
+        EngineConfig(kv_cache_bytes="1KiB").pool_blocks(8192, 2**18)
+    assert EngineConfig().sampled_rows() == 64
+    assert EngineConfig(speculation="ngram").sampled_rows() == 160
+    assert EngineConfig(max_num_seqs=1, max_num_batched_tokens=8).sampled_rows() == 8
     with pytest.raises(ConfigError, match="context is 512"):
         EngineConfig(max_model_len=513).model_len(512)
     with pytest.raises(ConfigError, match="KV blocks, above"):
