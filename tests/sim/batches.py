@@ -69,12 +69,10 @@ class Step:
 
     Attributes:
         copies: (source, destination) blocks per cache group, or no groups at all.
-        sources: for each group, the slots whose tables hold each source.
     """
 
     work: list[Work]
     copies: list[list[list[int]]]
-    sources: list[dict[int, set[int]]]
     starts: list[SlotStart]
 
 
@@ -106,6 +104,7 @@ class BatchReader:
     table_len: int = field(init=False)
     slots: list[Slot] = field(init=False)
     tables: list[list[list[int]]] = field(init=False)
+    failed_launch: bool = False
 
     def __post_init__(self) -> None:
         self.table_len = -(-self.limits.max_len // self.limits.block_size)
@@ -130,11 +129,7 @@ class BatchReader:
         self._update(batch.block_updates)
         copies = self._copies(batch.block_copies)
         opened = self._starts(batch.slot_starts, slots)
-        sources = [
-            {s: {i for i, t in enumerate(tables) if s in t} for s, _ in pairs}
-            for pairs, tables in zip(copies, self.tables, strict=False)
-        ]
-        step = Step([], copies, sources, list(batch.slot_starts))
+        step = Step([], copies, list(batch.slot_starts))
         at = 0
         for b, slot in enumerate(slots):
             low, high = starts[b], starts[b + 1]
@@ -196,7 +191,8 @@ class BatchReader:
             need(start.slot not in opened, "a slot starts twice")
             opened[start.slot] = start
             slot, sampler = self.slots[start.slot], sampler_of(start)
-            need(sampler is not None or slot.started, "a start that asks for nothing, on a slot that had none")
+            lost = self.failed_launch  # and with it perhaps a start: then nobody can know what the slot has
+            need(sampler is not None or slot.started or lost, "a start that asks for nothing, on a slot that had none")
             slot.sampler, slot.started = sampler, True
             slot.samples = False
         return opened

@@ -89,6 +89,7 @@ class SimModel:
     def launch(self, batch: Batch) -> Ticket:
         """Check a step, take what it needs out of the batch's buffers, and run it now or later."""
         if self.fail("launch"):
+            self.reader.failed_launch = True
             raise Fault("launch")
         step = self.reader.read(batch)
         self.watch(step)
@@ -101,7 +102,7 @@ class SimModel:
         number = counts.steps
         if self.fail("middle"):
             self._drain()
-            self._run(Step(step.work[: len(step.work) // 2], step.copies, step.sources, step.starts))
+            self._run(Step(step.work[: len(step.work) // 2], step.copies, step.starts))
             for work in step.work:
                 self.reader.slots[work.slot].drafting = False
             raise Fault("middle")

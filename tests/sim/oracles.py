@@ -118,9 +118,6 @@ class Oracles:
         size = self.scenario.limits.block_size
         writers = {w.blocks[group][i]: w.slot for w in step.work for i in w.written(size)}
         for other in self.model.open.values():
-            for block, slots in other.sources[group].items() if other.copies else ():
-                alone = block not in written or writers.get(block) in slots
-                must(alone, f"block {block} is written while an open step copies it")
             for work in other.work:
                 for i in (*work.read(size, window), *work.written(size)):
                     block = work.blocks[group][i]
@@ -190,13 +187,13 @@ class Oracles:
         else:
             size, window = limits.block_size, self.scenario.rules.windows[group]
             used = {w.blocks[group][i] for w in open_work for i in (*w.read(size, window), *w.written(size))}
-            used |= {s for step in self.model.open.values() if step.copies for s, _ in step.copies[group]}
             must(not used & (free | cached), "a block that an open step uses was let go")
-            slots = {w.slot for w in open_work}
-            slots |= {s for step in self.model.open.values() if step.copies for o in step.sources[group].values() for s in o}
-            loose = {b for slot in slots for b in self.model.reader.tables[group][slot] if b >= 0}
+            loose = {b for w in open_work for b in self.model.reader.tables[group][w.slot] if b >= 0}
             rest = limits.num_blocks[group] - known
             must(rest <= len(loose - held.keys()), f"{rest} blocks are held by nobody")
+        # Steps run in order, so a block that an open step only copies from may be let go: whoever writes it does so
+        # after the copy. It is overwritten here once no open step needs it.
+        free -= {s for step in self.model.open.values() if step.copies for s, _ in step.copies[group]}
         self.model.poison(group, free - self.poisoned[group])
         self.poisoned[group] = free
 
