@@ -104,7 +104,7 @@ class BatchReader:
     table_len: int = field(init=False)
     slots: list[Slot] = field(init=False)
     tables: list[list[list[int]]] = field(init=False)
-    failed_launch: bool = False
+    failed: bool = False
 
     def __post_init__(self) -> None:
         self.table_len = -(-self.limits.max_len // self.limits.block_size)
@@ -191,7 +191,7 @@ class BatchReader:
             need(start.slot not in opened, "a slot starts twice")
             opened[start.slot] = start
             slot, sampler = self.slots[start.slot], sampler_of(start)
-            lost = self.failed_launch  # and with it perhaps a start: then nobody can know what the slot has
+            lost = self.failed  # a batch, and with it perhaps a start: then nobody can know what the slot has
             need(sampler is not None or slot.started or lost, "a start that asks for nothing, on a slot that had none")
             slot.sampler, slot.started = sampler, True
             slot.samples = False

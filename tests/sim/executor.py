@@ -88,9 +88,7 @@ class SimModel:
 
     def launch(self, batch: Batch) -> Ticket:
         """Check a step, take what it needs out of the batch's buffers, and run it now or later."""
-        if self.fail("launch"):
-            self.reader.failed_launch = True
-            raise Fault("launch")
+        self._fail("launch")
         step = self.reader.read(batch)
         self.watch(step)
         counts = self.counts
@@ -105,6 +103,7 @@ class SimModel:
             self._run(Step(step.work[: len(step.work) // 2], step.copies, step.starts))
             for work in step.work:
                 self.reader.slots[work.slot].drafting = False
+            self.reader.failed = True
             raise Fault("middle")
         self.open[number] = step
         counts.most_open = max(counts.most_open, len(self.open))
@@ -120,9 +119,13 @@ class SimModel:
         step, sampled = self.open.pop(ticket.number), self.results.pop(ticket.number)
         for work in step.work:
             self.reader.finished(work)
-        if self.fail("finish"):
-            raise Fault("finish")
+        self._fail("finish")
         return self._output(sampled)
+
+    def _fail(self, where: str) -> None:
+        if self.fail(where):
+            self.reader.failed = True
+            raise Fault(where)
 
     def poison(self, group: int, blocks: set[int]) -> None:
         """Overwrite blocks that nobody may read any more."""

@@ -130,6 +130,7 @@ class Oracles:
         if record.started is None:
             record.started = self.model.counts.steps
             record.hit = work.first
+            must(work.first <= self.largest_hit(record), "tokens were found in the cache that nobody with this salt had")
             if self.shares_exactly(record):
                 expected = self.expected_hit(record)
                 must(work.first >= expected, f"{expected} tokens are cached, {work.first} were used")
@@ -139,6 +140,11 @@ class Oracles:
         scenario, case = self.scenario, record.case
         exact = scenario.roomy and scenario.limits.prefix_sharing and scenario.hash_bits is None
         return exact and case.pooling is None and case.params.prompt_logprobs is None
+
+    def largest_hit(self, record: Record) -> int:
+        """Most tokens that it can find in the cache: what it shares with others of its salt that came before."""
+        others = (r for r in self.records[self.epoch :] if r.started is not None and r.case.salt == record.case.salt)
+        return max((common(record.case.prompt, r.tokens()) for r in others if r is not record), default=0)
 
     def expected_hit(self, record: Record) -> int:
         """Tokens that others before it have computed or are computing, in whole blocks, one token left over."""

@@ -174,6 +174,9 @@ def _prompt(
         before = rng.choice(cases)
         told = before.prompt + answer_tokens(rules, before.prompt, before.params, max_len - len(before.prompt), eos)
         return (told + [rng.randrange(rules.vocab) for _ in range(rng.randint(0, 4))])[:most]
+    if kind < 0.45:  # the same few tokens over and over: equal blocks after different prefixes
+        period = rng.randint(1, 4)
+        return (families[0][:period] * max_len)[: rng.randint(1, most)]
     shared = rng.randint(0, most) if kind < 0.85 else 0
     own = rng.randint(0 if shared else 1, 8)
     return (rng.choice(families)[:shared] + [rng.randrange(rules.vocab) for _ in range(own)])[:most]
