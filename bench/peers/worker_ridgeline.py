@@ -14,6 +14,7 @@ def build(settings: Settings) -> Generate:
         threads=settings.threads,
         max_num_seqs=settings.max_seqs,
         max_model_len=settings.context,
+        prefix_sharing=False,  # what is measured is computing, and a repetition may bring the same prompts
         **settings.options,
     )
 

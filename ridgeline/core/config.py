@@ -86,7 +86,7 @@ class EngineConfig:
             "priority_aging_steps",
         ):
             self._need_int(name, 1, _MOST)
-        self._need_int("max_preemptions", 0, _MOST)
+        self._need_int("max_preemptions", 1, _MOST)
         self._need_int("max_open_steps", 1, 2)
         for name, least, most in (
             ("max_sampled_rows", 1, _MOST),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from typing import cast
 
-from ridgeline.core.errors import QueueFullError, RidgelineError
+from ridgeline.core.errors import QueueFullError, RequestError, RidgelineError
 from ridgeline.core.types import Executor, Int32, SamplingParams, StepOutput, Ticket
 from ridgeline.engine.batching import BatchBuilder
 from ridgeline.engine.intake import Intake, WordEncoder
@@ -147,7 +147,10 @@ class Engine:
         return self._intake.pooling(prompt_ids, pooling)
 
     def submit(self, requests: Iterable[Request]) -> None:
-        """Queue requests behind those that wait already; raises QueueFullError, taking none, beyond the bounds."""
+        """Queue requests behind those that wait already.
+
+        Raises, taking none: QueueFullError beyond the bounds, RequestError for one that was submitted before.
+        """
         requests = list(requests)
         limits, queue = self.limits, self._scheduler.queue
         number, tokens = len(requests), sum(r.num_tokens for r in requests)
@@ -160,6 +163,8 @@ class Engine:
                     f"{waiting} {name.rpartition('_')[2]} wait and {more} more would exceed {name} ({most}): "
                     "send it again later or raise the bound"
                 )
+        if any(r.state is not State.NEW for r in requests) or len({id(r) for r in requests}) != number:
+            raise RequestError("a request is submitted once: make a new one for each run")
         for request in requests:
             self._scheduler.submit(request)
 

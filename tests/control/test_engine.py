@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ridgeline.core.errors import RequestError, RidgelineError
-from ridgeline.core.types import SamplingParams
+from ridgeline.core.types import SamplingParams, SlotStart
 from ridgeline.engine.engine import Engine, EngineLimits
 from ridgeline.engine.request import Request
 from tests.control.sim import SimExecutor, chains, score, solo, state
@@ -240,3 +240,42 @@ def test_pooled_states_do_not_depend_on_chunks(pooling: str, open_steps: int) ->
             expected = states.sum(axis=0) / len(prompt) if pooling == "mean" else states[-1]
             np.testing.assert_array_equal(request.pooled, expected)
             assert request.finish_reason == "stop"
+
+
+def test_a_slot_starts_with_what_its_request_asks_of_the_sampler_and_is_cleared_after() -> None:
+    class Starts(SimExecutor):
+        def launch(self, batch):  # type: ignore[no-untyped-def]
+            starts.extend(batch.slot_starts)
+            return super().launch(batch)
+
+    starts: list[SlotStart] = []
+    bounds = EngineLimits(1, 16, 64, VOCAB, 4, [64])
+    engine = make_engine(bounds, Starts(bounds))
+    plain = SamplingParams(max_tokens=2, seed=1)
+    asking = SamplingParams(
+        max_tokens=9, seed=1, repetition_penalty=1.5, logit_bias={3: -2.0}, bad_words=[[4, 5]], min_tokens=2
+    )
+    prompts = [[1, 2], list(range(9)), list(range(9)), [1], [2]]
+    for prompt, params in zip(prompts, [plain, asking, asking, plain, plain], strict=True):
+        engine.submit([engine.make_request(prompt, params)])
+        while engine.has_work:
+            engine.step()
+    assert [s.slot for s in starts] == [0, 0, 0], "two that ask, and one that comes after them"
+    assert (starts[0].prompt_len, starts[0].tokens.tolist()) == (9, [])
+    assert starts[1].tokens.tolist() == list(range(8)), "a prefix hit, which no batch feeds"
+    assert starts[0].bad_words == ((4, 5),) and starts[0].bias.tolist() == [-2.0]
+    assert (starts[0].min_tokens, starts[0].min_tokens_ids.tolist()) == (2, sorted(EOS))
+    assert starts[2].repetition_penalty == 1.0 and not starts[2].bad_words
+
+
+def test_a_failing_step_with_two_under_way_drops_everything() -> None:
+    bounds = EngineLimits(4, 16, 64, VOCAB, 4, [64], max_open_steps=2)
+    executor = SimExecutor(bounds, error=RidgelineError("broken"), fail_at=5)
+    engine = make_engine(bounds, executor)
+    requests = [engine.make_request([n, 1], SamplingParams(max_tokens=20, ignore_eos=True)) for n in range(6)]
+    engine.submit(requests)
+    with pytest.raises(RidgelineError, match="broken"):
+        for _ in range(5):
+            engine.step()
+    assert not executor.open and {r.finish_reason for r in requests} == {"abort"}
+    assert_idle(engine)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ridgeline.core.errors import QueueFullError
+from ridgeline.core.errors import QueueFullError, RequestError
 from ridgeline.core.types import SamplingParams
 from ridgeline.engine.engine import Engine, EngineLimits
 from ridgeline.engine.request import Request
@@ -208,3 +208,18 @@ def test_the_queue_is_bounded() -> None:
     engine.submit([engine.make_request([1] * 8, params)])
     while engine.has_work:
         engine.step()
+
+
+def test_a_request_is_submitted_once() -> None:
+    limits = EngineLimits(1, 16, 64, VOCAB, 4, [16])
+    engine = Engine(SimExecutor(limits), limits, seed=0)
+    request = engine.make_request([1, 2], SamplingParams(max_tokens=2))
+    for several in ([request, request], [request]):
+        if several == [request]:
+            engine.submit(several)
+        with pytest.raises(RequestError, match="submitted once"):
+            engine.submit(several)
+    engine.abort(request)
+    with pytest.raises(RequestError, match="submitted once"):
+        engine.submit([request])
+    assert not engine.has_work
