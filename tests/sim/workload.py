@@ -102,11 +102,11 @@ def _limits(
     block_size = rng.choice(BLOCK_SIZES)
     max_requests = rng.randint(1, 6)
     max_tokens = rng.randint(max_requests, max_requests + rng.choice((2, 12, 40)))
-    samples = sum(c.params.n for c in cases)
+    longest = [min(max_len, len(c.prompt) + c.params.max_tokens) for c in cases for _ in range(c.params.n)]
     num_blocks = []
     for window in rules.windows:
         if roomy:
-            num_blocks.append((samples + 2) * (-(-max_len // block_size) + 2 + max_tokens // block_size))
+            num_blocks.append(sum(-(-n // block_size) + 1 for n in longest) + 2 * max_requests + 2)
         else:
             whole = blocks_for(max_len, window, block_size)
             num_blocks.append(min(200, rng.randint(max(1, (whole + 1) // 2), max(4, 3 * whole))))
