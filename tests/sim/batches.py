@@ -124,6 +124,7 @@ class BatchReader:
         need(len(starts) == len(slots) + 1 and starts[0] == 0 and starts[-1] == len(tokens), "query_starts")
         need(len(contexts) == len(slots), "a context length for each request")
         need(0 <= min(slots) and max(slots) < limits.max_requests, "a slot that does not exist")
+        need(len(batch.sample_rows) <= limits.max_rows, "more rows than a step may sample")
         need(not batch.extras, "inputs that the model does not have")
         rows = self._rows(batch, len(tokens))
         self._update(batch.block_updates)
@@ -141,7 +142,13 @@ class BatchReader:
             while at < len(rows) and rows[at][0] < high:
                 mine.append((rows[at][0] - low, rows[at][1]))
                 at += 1
-            work = Work(slot, first, tokens[low:high], mine, [t[slot][: -(-contexts[b] // limits.block_size)] for t in self.tables])
+            work = Work(
+                slot,
+                first,
+                tokens[low:high],
+                mine,
+                [t[slot][: -(-contexts[b] // limits.block_size)] for t in self.tables],
+            )
             self._check(work, opened.get(slot))
             step.work.append(work)
         self._owners(step)
@@ -205,7 +212,9 @@ class BatchReader:
         need(all(t >= 0 for t in work.tokens[1:]), "only the first token can be what the slot sampled last")
         need(max(work.tokens) < self.rules.vocab and work.tokens[0] >= -1, "a token outside the vocabulary")
         if work.tokens[0] == -1:
-            need(start is None and work.first == slot.next and slot.samples, "-1, and the slot has sampled nothing here")
+            need(
+                start is None and work.first == slot.next and slot.samples, "-1, and the slot has sampled nothing here"
+            )
         if start is not None and slot.sampler is not None:
             need(work.first == len(start.tokens), "a slot starts where its log does not end")
             need(0 < start.prompt_len <= limits.max_len, "prompt_len")
@@ -238,7 +247,10 @@ class BatchReader:
                     block = work.blocks[group][i]
                     need(block >= 0, f"slot {work.slot} reads a place of its table that was never set")
                     owner = writer.get(block, work.slot)
-                    need(owner == work.slot or (owner == -1 and block in copied), f"block {block} is read by {work.slot} and written by {owner}")
+                    need(
+                        owner == work.slot or (owner == -1 and block in copied),
+                        f"block {block} is read by {work.slot} and written by {owner}",
+                    )
 
     def finished(self, work: Work) -> None:
         """Tell the slot how many of its tokens stood, once a step with drafts is done."""

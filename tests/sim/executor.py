@@ -42,6 +42,11 @@ class Memory:
     log: list[int] = field(default_factory=lambda: [0])
 
 
+def took(tokens: int) -> int:
+    """Microseconds that a step of so many tokens takes."""
+    return 50 + 20 * tokens
+
+
 @dataclass
 class Counts:
     """What the simulation did, for bounds on work."""
@@ -49,6 +54,7 @@ class Counts:
     steps: int = 0
     tokens: int = 0
     drafts: int = 0
+    accepted: int = 0
     copies: int = 0
     most_requests: int = 0
     most_open: int = 0
@@ -63,6 +69,7 @@ class SimModel:
         lazy: run a step only when it is finished.
         fail: told "launch", "middle" (half the step has run) or "finish", says whether to raise Fault there.
         watch: told every step as it is launched, after the checks of the contract.
+        elapse: told how long a step has taken, when it is finished.
     """
 
     def __init__(
@@ -73,8 +80,10 @@ class SimModel:
         lazy: bool = False,
         fail: Callable[[str], bool] = lambda where: False,
         watch: Callable[[Step], None] = lambda step: None,
+        elapse: Callable[[int], None] = lambda microseconds: None,
     ) -> None:
         self.limits, self.rules, self.lazy, self.fail, self.watch = limits, rules, lazy, fail, watch
+        self.elapse = elapse
         self.reader = BatchReader(limits, rules)
         size = limits.block_size
         self.values = [[POISON] * (n * size) for n in limits.num_blocks]
@@ -85,9 +94,12 @@ class SimModel:
         self.open: dict[int, Step] = {}
         self.results: dict[int, list[Sampled]] = {}
         self.counts = Counts()
+        self.launches = 0  # those that failed as well
 
     def launch(self, batch: Batch) -> Ticket:
         """Check a step, take what it needs out of the batch's buffers, and run it now or later."""
+        self.launches += 1
+        need(len(self.open) < self.limits.max_open_steps, "more steps are open than may be")
         self._fail("launch")
         step = self.reader.read(batch)
         self.watch(step)
@@ -117,8 +129,10 @@ class SimModel:
         need(ticket.number in self.open, f"ticket {ticket.number} is not open")
         self._drain(ticket.number)
         step, sampled = self.open.pop(ticket.number), self.results.pop(ticket.number)
+        self.elapse(took(sum(len(w.tokens) for w in step.work)))
         for work in step.work:
             self.reader.finished(work)
+            self.counts.accepted += work.stood - 1 if work.drafts else 0
         self._fail("finish")
         return self._output(sampled)
 

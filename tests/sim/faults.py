@@ -57,7 +57,7 @@ FAULTS = (
         "double free",
         CACHE,
         "        for group, pool in enumerate(self.pools):\n            pool.free(table.held(group))\n",
-        "        for group, pool in enumerate(self.pools):\n            pool.free([b for b in table.blocks[group] if b >= 0])\n"
+        "        for group, pool in enumerate(self.pools):\n            pool.free(table.held(group))\n"
         "            pool._free += table.held(group)[:1]\n",
     ),
     PlantedFault(

@@ -87,7 +87,7 @@ def sampler_for(params: SamplingParams, prompt_len: int, stop_ids: frozenset[int
             bias=np.fromiter(bias.values(), np.float32, number),
             min_tokens=params.min_tokens,
             min_tokens_ids=np.array(sorted(stop_ids) if params.min_tokens else [], np.int32),
-            bad_words=tuple(params.bad_words),
+            bad_words=tuple(w for w in params.bad_words if not isinstance(w, str)),
         )
     )
 
@@ -194,8 +194,7 @@ class Solo:
     def feed(self, token: int) -> int:
         """Add a token; returns the hidden state at its position."""
         position = self.length
-        for group, window in enumerate(self.rules.windows):
-            cells = self.cells[group]
+        for group, cells in enumerate(self.cells):
             cell = hash((self.sums[group], token, position, group)) & CELL
             cells.append(cell)
             self.sums[group] += cell
@@ -211,8 +210,8 @@ class Solo:
 def row_of(params: SamplingParams, seed: int, index: int = 0) -> Row:
     """The row of sampling parameters that a request must be sampled with."""
     asked = -1 if params.logprobs is None else params.logprobs
-    floats = (float(np.float32(f)) for f in (params.temperature, params.top_p, params.min_p))
-    return Row(seed, *floats, max(0, params.top_k), index, asked, 0, 0)
+    temperature, top_p, min_p = (float(np.float32(f)) for f in (params.temperature, params.top_p, params.min_p))
+    return Row(seed, temperature, top_p, min_p, max(0, params.top_k), index, asked, 0, 0)
 
 
 def answer(

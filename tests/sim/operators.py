@@ -1,7 +1,7 @@
 """Ways to break a module: every one changes one place of its syntax tree.
 
 ``mutants`` walks a whole module and yields each change as source text; nothing here knows what the code is for.
-Left out are what no behaviour depends on: docstrings, type annotations, the arguments of exceptions, imports, and
+Left out are what no behaviour depends on: docstrings, type annotations, default values, exceptions, imports, and
 functions that only check (``check``, ``_check_*`` and assertions), which are themselves oracles.
 """
 
@@ -106,7 +106,8 @@ def _call(node: ast.Call) -> Iterator[ast.AST]:
     if isinstance(new.func, ast.Name) and new.func.id in NAMES:
         new.func.id = NAMES[new.func.id]
         yield new
-    for i in range(len(node.args) - 1):
+    commutes = isinstance(node.func, ast.Name) and node.func.id in ("min", "max")
+    for i in range(0 if commutes else len(node.args) - 1):
         swapped = copy.deepcopy(node)
         swapped.args[i], swapped.args[i + 1] = swapped.args[i + 1], swapped.args[i]
         yield swapped
@@ -126,6 +127,8 @@ def _slice(node: ast.Slice) -> Iterator[ast.AST]:
 
 def _statement(node: ast.stmt) -> Iterator[ast.AST]:
     """Leave a statement out; return at once instead of a result."""
+    if isinstance(node, ast.Assign) and _names_slots(node):
+        return
     if isinstance(node, (ast.Assign, ast.AugAssign, ast.Delete, ast.Break, ast.Continue)):
         yield ast.Pass()
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
@@ -148,6 +151,10 @@ OPERATORS: list[tuple[tuple[type[ast.AST], ...], Callable[[ast.AST], Iterator[as
 ]
 
 
+def _names_slots(node: ast.Assign) -> bool:
+    return any(getattr(t, "id", "") in ("__slots__", "__all__") for t in node.targets)
+
+
 def _is_check(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef) and (node.name == "check" or node.name.startswith("_check"))
 
@@ -156,8 +163,8 @@ def _skipped(parent: ast.AST, name: str) -> bool:
     """Whether no behaviour depends on this part of a node."""
     return (
         name in ("annotation", "returns", "decorator_list", "bases", "type_params")
-        or isinstance(parent, (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.JoinedStr))
-        or (isinstance(parent, ast.Assign) and any(getattr(t, "id", "") == "__slots__" for t in parent.targets))
+        or isinstance(parent, (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.JoinedStr, ast.arguments))
+        or (isinstance(parent, ast.Assign) and _names_slots(parent))
     )
 
 

@@ -33,7 +33,8 @@ class Record:
 
     Attributes:
         index: which of the samples of its case.
-        submitted: step before which it was queued; ``order``: how many were queued before it.
+        submitted: step before which it was queued; ``order``: how many were queued before it, ``launches``: how many
+            steps had been launched by then.
         leader: the first of the samples of its prompt.
         started: number of the first launched step with tokens of it; ``hit``: tokens found in the cache then.
         fed, drafted: tokens of it in all steps, and how many of those were guesses.
@@ -47,6 +48,7 @@ class Record:
     index: int
     submitted: int
     order: int
+    launches: int
     leader: Record | None
     started: int | None = None
     hit: int = 0
@@ -126,14 +128,31 @@ class Oracles:
 
     def _account(self, record: Record, work: Work) -> None:
         record.fed += len(work.tokens)
-        record.drafted += len(work.rows) - 1 if work.drafts else 0
+        if work.drafts:
+            drafts = work.tokens[work.rows[0][0] + 1 :]
+            record.drafted += len(drafts)
+            self._drafts(record, drafts)
         if record.started is None:
-            record.started = self.model.counts.steps
+            record.started = self.model.counts.steps + 1
             record.hit = work.first
-            must(work.first <= self.largest_hit(record), "tokens were found in the cache that nobody with this salt had")
+            must(
+                work.first <= self.largest_hit(record), "tokens were found in the cache that nobody with this salt had"
+            )
             if self.shares_exactly(record):
                 expected = self.expected_hit(record)
                 must(work.first >= expected, f"{expected} tokens are cached, {work.first} were used")
+
+    def _drafts(self, record: Record, drafts: list[int]) -> None:
+        """Drafts are what followed the longest end of the text that was met before, the last time it was met."""
+        limits, known = self.scenario.limits, record.tokens()
+        must(len(drafts) <= limits.num_draft_tokens, "more drafts than may be")
+        for size in range(limits.ngram_max, limits.ngram_min - 1, -1):
+            for at in range(len(known) - 1, size - 1, -1):
+                if known[at - size : at] == known[-size:]:
+                    follow = known[at:]
+                    must(drafts == [follow[i % len(follow)] for i in range(len(drafts))], "drafts from nowhere")
+                    return
+        raise Violation("drafts without an earlier occurrence")
 
     def shares_exactly(self, record: Record) -> bool:
         """Whether it can be said how much a request must find in the cache."""
@@ -180,9 +199,7 @@ class Oracles:
     def _blocks(self, group: int, open_work: list[Work]) -> None:
         """Recount the blocks of one group, and overwrite those that became free."""
         engine, limits = self.engine, self.scenario.limits
-        held = Counter(
-            b for r in self.live if r.request.slot >= 0 for b in view.table(r.request, group) if b >= 0
-        )
+        held = Counter(b for r in self.live if r.request.slot >= 0 for b in view.table(r.request, group) if b >= 0)
         free, cached = set(view.free(engine, group)), set(view.cached(engine, group))
         must(not free & cached and not held.keys() & (free | cached), "a block is in two of: free, cached, held")
         known = len(free) + len(cached) + len(held)

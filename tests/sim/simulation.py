@@ -32,6 +32,10 @@ class Clock:
         """The time."""
         return self.now
 
+    def elapse(self, microseconds: int) -> None:
+        """Time goes by."""
+        self.now += microseconds
+
 
 class Faults:
     """Raises in the executor after so many calls of a kind."""
@@ -54,7 +58,9 @@ class Simulation:
         self.scenario = scenario
         self.clock = Clock()
         self.rng = Random(scenario.seed)
-        self.model = SimModel(scenario.limits, scenario.rules, lazy=scenario.lazy, fail=Faults(scenario.faults))
+        self.model = SimModel(
+            scenario.limits, scenario.rules, lazy=scenario.lazy, fail=Faults(scenario.faults), elapse=self.clock.elapse
+        )
         self.engine = Engine(
             self.model,
             scenario.limits,
@@ -91,7 +97,6 @@ class Simulation:
     def advance(self) -> None:
         """One step of the engine; when it fails, it must have dropped everything, and serve again."""
         oracles = self.oracles
-        before = self.model.counts.tokens
         self.fairness.before_step()
         try:
             self.engine.step()
@@ -110,7 +115,6 @@ class Simulation:
                     self.arrive(record.case)
         else:
             self.fairness.after_step()
-        self.clock.now += 50 + 20 * (self.model.counts.tokens - before)
 
     def most_steps(self) -> int:
         """Steps in which everything must be over, were it served one by one, preempted as often as may be."""
@@ -170,7 +174,7 @@ class Simulation:
         must(not full, "more requests wait than may")
         leader = None
         for index, request in enumerate(requests):
-            record = Record(case, request, index, self.step, len(self.oracles.records), leader)
+            record = Record(case, request, index, self.step, len(self.oracles.records), self.model.launches, leader)
             leader = leader or record
             self.oracles.records.append(record)
             self.oracles.live.append(record)
@@ -217,14 +221,18 @@ class Simulation:
         """The engine's statistics are what the model saw."""
         stats, counts = self.engine.stats(), self.model.counts
         must(stats.steps == counts.steps and stats.tokens_computed == counts.tokens, "steps or tokens are miscounted")
-        must(stats.drafts_proposed <= counts.drafts, "drafts are miscounted")
+        records = self.oracles.records
+        must(stats.preemptions == sum(r.request.preemptions for r in records), "preemptions are miscounted")
+        if not any(r.aborted for r in records):
+            got = stats.drafts_proposed, stats.drafts_accepted
+            must(got == (counts.drafts, counts.accepted), f"drafts are miscounted: {got}")
+        if not stats.preemptions:
+            must(stats.prefix_hit_tokens == sum(r.hit for r in records), "tokens found in the cache are miscounted")
 
     def judge(self, record: Record) -> None:
         """One request's output against what it must be, computed from its tokens alone."""
         request, case = record.request, record.case
-        must(
-            record.ended == (request.finish_reason, request.output_ids), "a request changes after it has ended"
-        )
+        must(record.ended == (request.finish_reason, request.output_ids), "a request changes after it has ended")
         if case.pooling:
             self.judge_pooled(record)
             return

@@ -78,7 +78,7 @@ def draw(seed: int) -> Scenario:
     groups = rng.choice((1, 1, 1, 2, 2, 3))
     windows = tuple(0 if rng.random() < (0.8 if g == 0 else 0.3) else rng.randint(1, 24) for g in range(groups))
     speculation = rng.random() < 0.4
-    rules = Rules(vocab, windows, rng.choice((0, 10, 13)) if speculation else rng.choice((0, 0, 8)))
+    rules = Rules(vocab, windows, rng.choice((0, 12, 16)) if speculation else rng.choice((0, 0, 8)))
     eos = frozenset(rng.sample(range(vocab), rng.randint(0, 2))) if vocab > 5 else frozenset()
     max_len = rng.randint(12, 56)
     cases = _cases(rng, rules, eos, max_len)
@@ -152,7 +152,7 @@ def _cases(rng: Random, rules: Rules, eos: frozenset[int], max_len: int) -> list
                 arrival=rng.randint(0, spread),
                 prompt=prompt,
                 params=params,
-                priority=rng.randint(-2, 2) if urgent else 0,
+                priority=rng.randint(-2, 2) if urgent and not pooling else 0,
                 salt=None if pooling or not salted else rng.choice((None, "a", "b")),
                 stream=not pooling and rng.random() < 0.15,
                 pooling=pooling,
