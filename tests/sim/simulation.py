@@ -223,7 +223,7 @@ class Simulation:
         must(stats.steps == counts.steps and stats.tokens_computed == counts.tokens, "steps or tokens are miscounted")
         records = self.oracles.records
         must(stats.preemptions == sum(r.request.preemptions for r in records), "preemptions are miscounted")
-        if not any(r.aborted for r in records):
+        if not any(r.aborted or r.request.preemptions for r in records):
             got = stats.drafts_proposed, stats.drafts_accepted
             must(got == (counts.drafts, counts.accepted), f"drafts are miscounted: {got}")
         if not stats.preemptions:

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.sim.effort import RECORDED, Effort
+from tests.sim.effort import SEEDS as EFFORT_SEEDS
 from tests.sim.mutate import classic, report, survivors
+from tests.sim.simulation import run
 from tests.sim.soak import failure
 from tests.sim.soak import report as failed
 from tests.sim.workload import draw
@@ -27,6 +30,13 @@ def test_every_stream_equals_its_solo_run_and_all_invariants_hold(first: int) ->
         scenario = draw(seed)
         if failure(scenario) is not None:
             pytest.fail(failed(seed, scenario), pytrace=False)
+
+
+def test_the_seeds_cost_no_more_work_than_before() -> None:
+    total = Effort()
+    for seed in range(EFFORT_SEEDS):
+        total.add(run(draw(seed)))
+    assert not total.excess(RECORDED), f"{total.excess(RECORDED)}: see tests/sim/effort.py"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="mutants run in forked children")

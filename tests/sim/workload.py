@@ -11,7 +11,7 @@ from ridgeline.core.types import SamplingParams
 from ridgeline.engine.engine import EngineLimits
 from tests.sim.model import NAN_SEED, Rules, answer_tokens, letter
 
-BLOCK_SIZES = (1, 1, 2, 2, 3, 4, 4, 5, 8, 8, 16, 32)
+BLOCK_SIZES = (1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def draw(seed: int) -> Scenario:
     eos = frozenset(rng.sample(range(vocab), rng.randint(0, 2))) if vocab > 5 else frozenset()
     max_len = rng.randint(12, 56)
     cases = _cases(rng, rules, eos, max_len)
-    roomy = rng.random() < 0.4
+    roomy = rng.random() < 0.35
     limits = _limits(rng, rules, max_len, cases, roomy, speculation)
     faults = []
     if rng.random() < 0.15:
@@ -100,16 +100,17 @@ def _limits(
     rng: Random, rules: Rules, max_len: int, cases: Sequence[Case], roomy: bool, speculation: bool
 ) -> EngineLimits:
     block_size = rng.choice(BLOCK_SIZES)
-    max_requests = rng.randint(1, 6)
+    max_requests = rng.choice((1, 2, 3, 3, 4, 5, 6))
     max_tokens = rng.randint(max_requests, max_requests + rng.choice((2, 12, 40)))
     longest = [min(max_len, len(c.prompt) + c.params.max_tokens) for c in cases for _ in range(c.params.n)]
-    num_blocks = []
+    tight, num_blocks = rng.random(), []
     for window in rules.windows:
         if roomy:
             num_blocks.append(sum(-(-n // block_size) + 1 for n in longest) + 2 * max_requests + 2)
         else:
-            whole = blocks_for(max_len, window, block_size)
-            num_blocks.append(min(200, rng.randint(max(1, (whole + 1) // 2), max(4, 3 * whole))))
+            whole = max(blocks_for(n, window, block_size) for n in longest)
+            least, most = ((whole + 1) // 2, whole + 1) if tight < 0.2 else (whole, whole + (whole + 3) // 2)
+            num_blocks.append(min(200, rng.randint(least, most if tight < 0.8 else 3 * whole + 3)))
     ngram_min = rng.randint(1, 2)
     return EngineLimits(
         max_requests=max_requests,
@@ -136,9 +137,9 @@ def _limits(
 
 def _cases(rng: Random, rules: Rules, eos: frozenset[int], max_len: int) -> list[Case]:
     """The requests of a run: of few families, so that prompts repeat and share their beginnings."""
-    number = rng.choice((1, 3, 4, 5, 6, 8, 12))
+    number = rng.choice((1, 3, 4, 5, 6, 7, 8, 12))
     families = [[rng.randrange(rules.vocab) for _ in range(max_len)] for _ in range(rng.randint(1, 2))]
-    spread = rng.choice((0, 4, 20))
+    spread = rng.choice((0, 3, 15))
     aborts = rng.choice((0.0, 0.0, 0.2, 0.5))
     urgent, salted = rng.random() < 0.3, rng.random() < 0.25
     cases: list[Case] = []
@@ -185,10 +186,10 @@ def _prompt(
 def _params(rng: Random, rules: Rules, room: int) -> SamplingParams:
     vocab = rules.vocab
     values: dict[str, Any] = {
-        "max_tokens": rng.randint(1, rng.choice((3, 12, 30))),
+        "max_tokens": rng.randint(1, rng.choice((3, 16, 36))),
         "seed": NAN_SEED if rng.random() < 0.01 else rng.getrandbits(64),
         "temperature": rng.choice((0, 0.5, 1.0, 1.0)),
-        "ignore_eos": rng.random() < 0.5,
+        "ignore_eos": rng.random() < 0.7,
     }
     if rng.random() < 0.2:
         values["stop_token_ids"] = rng.sample(range(vocab), rng.randint(1, 2))
