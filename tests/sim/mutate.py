@@ -6,9 +6,9 @@
     python -m tests.sim.mutate --faults             the classic faults alone
 
 Each mutant runs in a forked child in which its module is replaced in memory, against the seeds of the simulation, up
-to the first that fails, and then the work all seeds cost against what is recorded. A child that a seed keeps busy for too long is killed too: that is an endless loop. Printed
-are the share of mutants killed, for each module, and the survivors; those known to change nothing that can be seen
-are in ``equivalents.py`` with the reason.
+to the first that fails, and then the work that all seeds cost against what is recorded. A child that a seed keeps busy
+for too long is killed too: that is an endless loop. Printed are the share of mutants killed, for each module, and the
+survivors; those known to change nothing that can be seen are in ``equivalents.py`` with the reason.
 """
 
 from __future__ import annotations
