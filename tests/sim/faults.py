@@ -10,6 +10,7 @@ PREFIX = "ridgeline.kvcache.prefix"
 SCHEDULER = "ridgeline.scheduler.scheduler"
 QUEUE = "ridgeline.scheduler.queue"
 ENGINE = "ridgeline.engine.engine"
+BATCHING = "ridgeline.engine.batching"
 
 
 @dataclass(frozen=True)
@@ -119,5 +120,30 @@ FAULTS = (
         SCHEDULER,
         "        sequence.num_computed = chunk.start + accepted\n",
         "        sequence.num_computed = chunk.start + 1 + len(chunk.drafts)\n",
+    ),
+    # Found by the simulation in code that had its own tests; here so that they stay found.
+    PlantedFault(
+        "stale sampling state: a slot's start is lost with a failed launch",
+        ENGINE,
+        "        self._builder.forget_slots()\n",
+        "",
+    ),
+    PlantedFault(
+        "drafts take the budget of those that decode after them",
+        SCHEDULER,
+        "self._budget - 1 - self._decodes_left - kept",
+        "self._budget - 1 - kept",
+    ),
+    PlantedFault(
+        "drafts take the row of a newcomer",
+        SCHEDULER,
+        "self._spare_rows - kept, left",
+        "self._spare_rows, left",
+    ),
+    PlantedFault(
+        "stale slot state: a new owner's sampler is not reset",
+        BATCHING,
+        "            start = SlotStart(slot)\n",
+        "            pass\n",
     ),
 )

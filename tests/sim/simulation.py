@@ -38,17 +38,23 @@ class Clock:
 
 
 class Faults:
-    """Raises in the executor after so many calls of a kind."""
+    """Fails calls of the executor: of each kind the so-manyth, counted from the one that failed before."""
 
     def __init__(self, planned: list[tuple[str, int]]) -> None:
-        self.left = dict(planned)
+        self.left: dict[str, list[int]] = {}
+        for where, calls in planned:
+            self.left.setdefault(where, []).append(calls)
 
     def __call__(self, where: str) -> bool:
         """Whether the call must fail."""
-        if where not in self.left:
+        left = self.left.get(where)
+        if not left:
             return False
-        self.left[where] -= 1
-        return self.left[where] == 0
+        left[0] -= 1
+        if left[0] == 0:
+            del left[0]
+            return True
+        return False
 
 
 class Simulation:

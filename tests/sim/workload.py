@@ -48,7 +48,7 @@ class Scenario:
         lazy: the executor runs a step only when it is finished.
         hash_bits: bits of the prefix index's hashes that are left; None: all of them.
         roomy: every pool holds all that ever runs, so nothing is preempted or evicted.
-        faults: (where, how many calls until then) at which the executor raises.
+        faults: (where, how many calls until then, from the last such fault on) at which the executor raises.
         jumps: step -> microseconds that the clock jumps before it, forwards or back.
     """
 
@@ -86,7 +86,8 @@ def draw(seed: int) -> Scenario:
     limits = _limits(rng, rules, max_len, cases, roomy, speculation)
     faults = []
     if rng.random() < 0.15:
-        faults = [(rng.choice(("launch", "middle", "finish")), rng.randint(1, 40)) for _ in range(rng.randint(1, 3))]
+        kinds = rng.choice((("launch",), ("launch", "middle", "finish")))
+        faults = [(rng.choice(kinds), rng.randint(1, 25)) for _ in range(rng.randint(1, 4))]
     jumps = {}
     if limits.step_target_us is not None:
         jumps = {rng.randint(1, 60): rng.choice((-1, 1)) * rng.randint(1, 10**6) for _ in range(rng.randint(0, 4))}
