@@ -4,7 +4,7 @@
     python -m tests.sim.soak --from 1000 --count 500
     python -m tests.sim.soak                        until stopped or failed, from a seed that the clock gives
 
-A failing seed is shrunk: as many of its requests and faults are left out as can be, and one line repeats what is left.
+A failing seed is shrunk: as many of its requests are left out as can be, and one line repeats what is left.
 """
 
 from __future__ import annotations
