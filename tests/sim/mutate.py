@@ -153,6 +153,12 @@ def sample(everything: Sequence[Mutant], number: int | None) -> list[Mutant]:
     return [able[i * len(able) // number] for i in range(number)]
 
 
+def untouched() -> Mutant:
+    """No change at all: a simulation that notices this one says nothing about the others."""
+    module = WHOLE[0]
+    return Mutant(module, 1, "", "", "", path_of(module).read_text())
+
+
 def classic() -> list[Mutant]:
     """The classic faults, as mutants; raises ValueError when the code that one of them breaks is gone."""
     found = []
@@ -193,7 +199,10 @@ def main() -> int:
     np.zeros(1)
     everything = classic() if options.faults else all_mutants(options.only)
     chosen = everything if options.faults else sample(everything, options.sample)
-    alive = survivors(chosen, range(options.seeds), options.jobs)
+    seeds = range(options.seeds)
+    if not survivors([untouched()], seeds, 1):
+        raise SystemExit("the code as it is does not pass: see python -m tests.sim.soak --from 0, tests.sim.effort")
+    alive = survivors(chosen, seeds, options.jobs)
     report(chosen, alive, everything)
     least = 100.0 if options.faults else options.least
     return int(100 * (len(chosen) - len(alive)) < least * len(chosen))

@@ -51,7 +51,7 @@ def test_classic_faults_are_noticed(capsys: pytest.CaptureFixture[str]) -> None:
 RUN = """
 from tests.sim.simulation import run
 from tests.sim.workload import draw
-for seed in range(20):
+for seed in range(60):
     simulation = run(draw(seed))
     print(seed, simulation.step, simulation.model.counts, [r.request.output_ids for r in simulation.oracles.records])
 """

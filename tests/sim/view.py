@@ -7,6 +7,7 @@ that an engine concludes from it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from zlib import crc32
 
 from ridgeline.engine.engine import Engine
 from ridgeline.engine.request import Request
@@ -14,10 +15,9 @@ from ridgeline.scheduler.sequence import State
 
 
 def truncate_hashes(engine: Engine, bits: int) -> None:
-    """Leave ``bits`` bits of every hash of the prefix index, so that contents collide."""
-    index = engine._cache.index
-    whole = index._hasher
-    index._hasher = lambda parent, tokens: whole(parent, tokens) & ((1 << bits) - 1)
+    """Hash blocks to so few ``bits`` that contents collide, by their own tokens alone (and whatever Python's hash
+    of bytes and of None is in this process)."""
+    engine._cache.index._hasher = lambda parent, tokens: crc32(tokens) & ((1 << bits) - 1)
 
 
 def table(request: Request, group: int) -> list[int]:
