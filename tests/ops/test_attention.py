@@ -149,6 +149,22 @@ def test_what_was_never_written_never_matters(isa: str, kv_dtype: str) -> None:
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_token_never_sees_what_a_later_one_holds(isa: str, bad: float, kv_dtype: str) -> None:
+    """Not even where kernels take the rows of several tokens together, and not even NaN or infinity."""
+    case = AttentionCase(2, 1, 32, kv_dtype, ((250, 21),))
+    lone = LoneAttention(case)
+    expected = lone.native(lone.output, isa, 1)
+    damaged = lone.qkv.copy()
+    damaged[-9, 64:] = bad  # the key and value of the 13th token of the step
+    lone.feed(damaged)
+    got = lone.native(lone.output, isa, 2)
+    np.testing.assert_array_equal(got[:12], expected[:12])
+    assert not np.isfinite(decode(got, "f32")[12:]).all()
+
+
 @pytest.mark.parametrize("what", ["queries", "keys", "values"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_nan_is_not_lost_in_an_int8_cache(isa: str, what: str) -> None:
