@@ -17,6 +17,13 @@ namespace ridgeline::RL_ISA {
 namespace {
 
 constexpr int kMaxRows = 8;  // rows of one register block
+// Six rows by a panel keep all accumulators in registers; for few rows, eight read the weights fewer times. Processors
+// with AMX are faster with eight throughout, spills and all.
+#if defined(RL_ISA_AMX)
+constexpr int kManyRows = 8;
+#else
+constexpr int kManyRows = 6;
+#endif
 constexpr size_t kFetchAhead = 16384;
 
 // Starts to bring a panel into the cache. With 8-bit records a core asks for this many lines ahead of eight rows
@@ -128,9 +135,8 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
   const int units = (a.w.n + columns - 1) / columns;
   CacheAhead cache(a, s, w);
   if (on_tiles(a, s, w, cache, units)) return;
-  // Six rows by a panel keep all accumulators in registers; for few rows, eight read the weights fewer times.
   auto run = [&](int unit, int row_begin, int row_end, bool cold) {
-    const int count = row_end - row_begin, most = rows <= kStreamRows ? 8 : 6, parts = (count + most - 1) / most;
+    const int count = row_end - row_begin, most = rows <= kStreamRows ? kMaxRows : kManyRows, parts = (count + most - 1) / most;
     for (int b = 0; b < parts; b++) {  // parts differ by at most one row
       int from = row_begin + count * b / parts, to = row_begin + count * (b + 1) / parts;
       const uint8_t* x = s.at(a.x, rows == 1 && a.per_thread ? w.thread : from);
