@@ -54,8 +54,14 @@ class Fairness:
         parked = [r for r in self.waited if r.live and view.parked(r.request)]
         for record in parked:
             must(id(record) in self.excused or self.may_park(record), "a request is parked, and nobody computes for it")
+        if self.limits.max_open_steps == 1:
+            self.adapt()
         if self.oracles.scenario.roomy and self.limits.max_open_steps == 1 and self.limits.max_preemptions:
             self.nobody_stands_still(len(started), len(parked), still)
+
+    def scored(self) -> bool:
+        """Whether rows of prompts are wanted, of which a step has only so many."""
+        return any(r.case.pooling or r.case.params.prompt_logprobs is not None for r in self.oracles.records)
 
     def adapt(self) -> None:
         """With a latency target: a step that decodes and took too long is followed by a smaller one, and one that
@@ -72,7 +78,7 @@ class Fairness:
             before, cut_before = self.mixed
             if took(before) > target:
                 must(tokens < before, f"a step of {tokens} tokens after one of {before} that took too long")
-            elif cut and cut_before:
+            elif cut and cut_before and self.oracles.scenario.roomy and not self.scored():
                 must(tokens > before or tokens == limits.max_tokens, "the budget of a step does not recover")
         self.mixed = tokens, cut
 
@@ -81,10 +87,8 @@ class Fairness:
         for record, fed, decodes in self.running:
             must(not decodes or not record.live or record.fed > fed, "a request that decodes was left out of a step")
         counts, limits = self.oracles.model.counts, self.limits
-        scored = any(r.case.pooling or r.case.params.prompt_logprobs is not None for r in self.oracles.records)
-        if scored:
+        if self.scored():
             return
-        self.adapt()
         if limits.step_target_us is not None or counts.tokens - self.tokens >= limits.max_tokens:
             return
         for record, _, _ in self.running:

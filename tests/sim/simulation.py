@@ -178,12 +178,22 @@ class Simulation:
             must(full, "a request was refused though the queue has room")
             return
         must(not full, "more requests wait than may")
+        self.submit_again(requests)
         leader = None
         for index, request in enumerate(requests):
             record = Record(case, request, index, self.step, len(self.oracles.records), self.model.launches, leader)
             leader = leader or record
             self.oracles.records.append(record)
             self.oracles.live.append(record)
+
+    def submit_again(self, requests: list[Request]) -> None:
+        """A request that was submitted is refused from then on."""
+        if self.rng.random() < 0.1:
+            try:
+                self.engine.submit(requests)
+            except RequestError:
+                return
+            must(False, "a request was taken twice")
 
     def make(self, case: Case) -> list[Request] | None:
         """The requests of a case; None when it was refused, which it must be only if it can never be served."""
@@ -248,6 +258,10 @@ class Simulation:
             must(request.output_ids == right.tokens[: len(request.output_ids)], "wrong tokens before an abort")
             return
         got, want = (request.finish_reason, request.output_ids), (right.reason, right.tokens)
+        must(
+            (request.error is not None) == (right.reason == "error"),
+            "an error without a message, or a message without one",
+        )
         must(got == want, f"case {case.number}, sample {record.index}: got {got}, must be {want}")
         must(request.logprobs in (None, right.logprobs), "wrong logprobs")
         must(request.prompt_logprobs in (None, right.prompt_logprobs), "wrong prompt logprobs")

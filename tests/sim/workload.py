@@ -132,7 +132,7 @@ def _limits(
         max_queued_tokens=rng.randint(20, 200) if rng.random() < 0.1 else None,
         max_preemptions=rng.choice((0, 1, 2, 4)),
         priority_aging_steps=rng.choice((1, 4, 16, 256)),
-        step_target_us=rng.randint(100, 2000) if rng.random() < 0.2 else None,
+        step_target_us=rng.randint(70, 500) if rng.random() < 0.25 else None,
     )
 
 
