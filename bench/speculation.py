@@ -27,7 +27,7 @@ from ridgeline import LLM, SamplingParams
 BARS = {"copying": 1.4, "ordinary": 0.95}
 LOOP_PERIOD = 64  # an answer that repeats itself at a shorter distance does not count
 LOOP_LENGTH = 16  # tokens repeated that make a loop, if the period is not longer
-LEAST = 16  # tokens of an answer that counts
+LEAST = 32  # tokens of an answer that counts: below, its time is a matter of chance
 
 
 @dataclass
