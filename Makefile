@@ -1,5 +1,7 @@
 # make run    build, install the embedded model, stream a completion
 # make test   install what the tests need and run them
+# make soak   the simulation of the control plane on ever new seeds, until stopped
+# make mutate break the control plane in every way and see whether the simulation notices
 # make lint   ruff, mypy and a C++ build with warnings as errors
 # make bench  the engine's own measurements on the embedded model
 SHELL := /bin/bash
@@ -12,6 +14,8 @@ MODEL ?= smollm2
 PROMPT ?= The most surprising thing about the ocean is
 N ?= 64
 PYTEST_ARGS ?=
+SOAK_ARGS ?=
+MUTATE_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 # What a build reads: a change of any of these rebuilds the extension. Python files do not, the install is editable.
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help install run test lint bench clean
+.PHONY: help install run test soak mutate lint bench clean
 
 help:
 	@sed -n 's/^# //p;/^[^#]/q' Makefile
@@ -65,6 +69,12 @@ bench: $(STAMPS)/native $(STAMPS)/model
 
 test: $(STAMPS)/native $(STAMPS)/model $(STAMPS)/dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+soak: $(STAMPS)/native $(STAMPS)/dev
+	@$(BIN)/python -m tests.sim.soak $(SOAK_ARGS)
+
+mutate: $(STAMPS)/native $(STAMPS)/dev
+	@$(BIN)/python -m tests.sim.mutate $(MUTATE_ARGS)
 
 lint: $(STAMPS)/native $(STAMPS)/dev
 	$(BIN)/ruff check .

@@ -43,6 +43,13 @@ Dtype dtype_of(const std::string& name) {
   throw std::invalid_argument("no native kernel for activation type " + name);
 }
 
+// int8 in a cache: one scale for each token and head.
+Dtype kv_dtype_of(const std::string& name) {
+  if (name == "int8") return Dtype::Q8;
+  if (name == "q8") throw std::invalid_argument("q8 is a type of activations: a cache holds int8");
+  return dtype_of(name);
+}
+
 Rows rows_of(const std::string& name) {
   if (name == "T") return Rows::Tokens;
   if (name == "S") return Rows::Sampled;
@@ -302,8 +309,7 @@ std::unique_ptr<Executor> make_executor(const py::dict& d) {
   take("arena_bytes", c.arena_bytes);
   take("weight_bytes", c.weight_bytes);
   take("rope_frequency", c.rope_frequency);
-  c.kv_dtype = dtype_of(py::cast<std::string>(d["kv_dtype"]));
-  if (c.kv_dtype == Dtype::Q8) throw std::invalid_argument("no native cache of int8");
+  c.kv_dtype = kv_dtype_of(py::cast<std::string>(d["kv_dtype"]));
   if (c.kv_heads < 1 || c.heads % c.kv_heads || c.heads / c.kv_heads > kMaxTileRows)
     throw std::invalid_argument("attention needs 1 to 48 query heads for each KV head");
   if (c.head_dim < 16 || c.head_dim % 16 || c.head_dim > kMaxHeadDim)

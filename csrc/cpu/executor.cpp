@@ -40,10 +40,9 @@ Executor::Executor(const ExecutorConfig& config)
       team_(config.threads > 0 ? config.threads : available_threads()),
       weights_(config.weight_bytes),
       arena_(config.arena_bytes) {
-  const size_t element = config.kv_dtype == Dtype::F32 ? 4 : 2;
   KvCache& cache = step_.cache;
   cache.dtype = config.kv_dtype;
-  cache.run_bytes = (size_t)kCluster * kBlock * config.head_dim * element;
+  cache.run_bytes = (size_t)kCluster * kBlock * kv_row_bytes(config.kv_dtype, config.head_dim);
   cache.layer_bytes = (size_t)config.kv_heads * 2 * cache.run_bytes;
   cache.cluster_bytes = cache.layer_bytes * config.layers;
   cache_ = Region(cache.cluster_bytes * (round_up((size_t)config.num_blocks, kCluster) / kCluster));

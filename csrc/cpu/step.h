@@ -32,7 +32,8 @@ struct AttentionTask {
 // The paged cache. 16 blocks of 16 tokens lie together as a cluster: per layer and KV head first the keys of its
 // 16 blocks, then their values, so that a sequence whose blocks were allocated in a row is read as two long streams.
 // A block's keys are [head_dim / P][16 tokens][P], its values [16 tokens / P][head_dim][P], P = 2 for bf16 (the
-// pairs its dot product takes), else 1.
+// pairs its dot product takes), 4 for int8, else 1. An int8 block's keys (codes plus 128) and its values (codes) are
+// each followed by the 16 tokens' fp32 scales.
 struct KvCache {
   uint8_t* base = nullptr;
   size_t cluster_bytes = 0;
@@ -45,6 +46,10 @@ struct KvCache {
   size_t block_bytes() const;  // of those keys
 };
 inline constexpr int kCluster = 16;  // blocks
+// Bytes of one token's key (or value) of one head.
+inline size_t kv_row_bytes(Dtype dtype, int head_dim) {
+  return dtype == Dtype::Q8 ? (size_t)head_dim + 4 : (size_t)head_dim * (dtype == Dtype::F32 ? 4 : 2);
+}
 inline size_t KvCache::block_bytes() const { return run_bytes / kCluster; }
 inline uint8_t* KvCache::keys(int block, int layer, int head) const {
   return base + (size_t)(block / kCluster) * cluster_bytes + (size_t)layer * layer_bytes +

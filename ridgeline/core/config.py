@@ -10,7 +10,7 @@ from typing import Any
 from ridgeline.core.errors import ConfigError
 from ridgeline.core.types import unknown_argument
 
-KV_DTYPES = ("auto", "bf16", "f16", "f32")
+KV_DTYPES = ("auto", "bf16", "f16", "f32", "int8")
 BACKENDS = ("cpu", "reference")
 SPECULATIONS = ("ngram",)
 ISAS = ("generic", "avx512", "amx")

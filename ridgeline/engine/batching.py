@@ -26,6 +26,10 @@ class BatchBuilder:
         self._no_updates = [np.zeros((0, 3), np.int32) for _ in range(num_groups)]
         self._last: Batch | None = None
 
+    def forget_slots(self) -> None:
+        """Batches may have been lost on their way to the executor: nobody knows what its slots hold now."""
+        self._special = [True] * len(self._special)
+
     def build(self, plan: StepPlan, sampled: Int32 | None) -> Batch:
         """The batch of ``plan``; ``sampled`` [S] is what the step before it gave, None while that is under way."""
         batch = self._again(plan, sampled) if plan.repeats else self._flatten(plan)

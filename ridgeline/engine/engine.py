@@ -320,6 +320,7 @@ class Engine:
             request.move(State.FINISHED)
             request.table, request.slot = None, -1
         scheduler.reset()
+        self._builder.forget_slots()
         self._sampled = None
 
     def check(self) -> None:

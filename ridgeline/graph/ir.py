@@ -52,6 +52,11 @@ class WeightInfo:
     interleave: int = 0
 
 
+def kv_row_bytes(dtype: str, head_dim: int) -> int:
+    """Bytes of one token's key, or value, of one head in the cache; int8 codes have a float32 scale beside them."""
+    return head_dim + 4 if dtype == "int8" else head_dim * DTYPE_BYTES[dtype]
+
+
 @dataclass(frozen=True)
 class CacheInfo:
     """Which part of the paged KV cache a "cache" value stands for.
@@ -59,7 +64,8 @@ class CacheInfo:
     Attributes:
         group: index into ``Graph.caches``.
         layer: index of the layer within the group.
-        dtype: "f32", "bf16" or "f16", what keys and values are rounded to when written.
+        dtype: what keys and values are rounded to when written: "f32", "bf16", "f16" or "int8" (a scale for each
+            token and head).
         num_kv_heads, head_dim: shape of one token's keys (and values).
     """
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ridgeline.graph.cost import Cost, Load
-from ridgeline.graph.ir import DTYPE_BYTES, CacheInfo, Dim, Value, row_bytes, row_elements
+from ridgeline.graph.ir import CacheInfo, Dim, Value, kv_row_bytes, row_bytes, row_elements
 
 REQUIRED = object()
 """Marks an attribute without a default."""
@@ -319,7 +319,7 @@ def _cache_info(value: Value) -> CacheInfo:
 
 def _kv_bytes(info: CacheInfo) -> int:
     """Bytes of one token's keys and values in one layer."""
-    return 2 * info.num_kv_heads * info.head_dim * DTYPE_BYTES[info.dtype]
+    return 2 * info.num_kv_heads * kv_row_bytes(info.dtype, info.head_dim)
 
 
 def _kv_write_infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
@@ -386,11 +386,12 @@ def _attention_infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
 def _attention_work(inputs: Inputs, attrs: Attrs, load: Load) -> Cost:
     q, cache = inputs
     info, heads = _cache_info(cache), attrs["num_heads"]
-    kind = "bf16" if info.dtype == "bf16" else "f32"
+    kind = {"bf16": "bf16", "int8": "int8"}.get(info.dtype, "f32")
     read = load.kv_tokens_read * _kv_bytes(info)
     convert = load.kv_tokens_read * 2 * info.num_kv_heads * info.head_dim if info.dtype == "f16" else 0
     convert += load.size(q.shape[0]) * row_elements(q) if attrs["quantize"] else 0
-    dot = 4.0 * load.attn_pairs * heads * info.head_dim
+    planes = 2 if info.dtype == "int8" else 1  # queries and weights are two bytes wide beside int8
+    dot = 4.0 * planes * load.attn_pairs * heads * info.head_dim
     return Cost({kind: dot}, scale_ops=12.0 * load.attn_pairs * heads, convert_ops=convert, kv_read=read)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ridgeline.core.errors import ModelFileError, UnsupportedError
 from ridgeline.core.formats import WeightFormat
 from ridgeline.graph.builder import GraphBuilder
-from ridgeline.graph.ir import DTYPE_BYTES, CacheSpec, Graph
+from ridgeline.graph.ir import CacheSpec, Graph, kv_row_bytes
 from ridgeline.models.spec import WeightEntry
 
 ARCHITECTURE = "llama"
@@ -178,7 +178,7 @@ def build(
         config: hyperparameters.
         formats: storage format of each of ``weight_entries``.
         max_tokens, max_rows: most tokens, and sampled rows, in a step.
-        kv_dtype: "bf16", "f16" or "f32".
+        kv_dtype: "bf16", "f16", "f32" or "int8".
         block_size: tokens in a block of the cache.
 
     Returns:
@@ -188,7 +188,7 @@ def build(
     g = GraphBuilder(max_tokens, max_rows)
     w = {name: g.weight(name, e.shape, formats[name]) for name, e in weight_entries(c).items()}
     layers = tuple(range(c.num_layers))
-    per_token = 2 * c.num_kv_heads * c.head_dim * DTYPE_BYTES[kv_dtype] * c.num_layers
+    per_token = 2 * c.num_kv_heads * kv_row_bytes(kv_dtype, c.head_dim) * c.num_layers
     caches = g.cache_group(CacheSpec(layers, "full", per_token, block_size, kv_dtype, c.num_kv_heads, c.head_dim))
     rope = {"head_dim": c.head_dim, "theta": c.rope_theta, "freq_factors": c.rope_freq_factors}
     heads = {"num_heads": c.num_heads, "num_kv_heads": c.num_kv_heads, "head_dim": c.head_dim}

@@ -116,7 +116,9 @@ class Scheduler:
         groups = len(self.cache.groups)
         self._number += 1
         plan = StepPlan(self._number, now_us, updates=[[] for _ in range(groups)], copies=[[] for _ in range(groups)])
-        self._budget = self.budget.tokens(sum(s.prefilled for s in self.running))
+        self._decodes_left = sum(s.prefilled for s in self.running)  # whose turn in this step is yet to come
+        self._budget = self.budget.tokens(self._decodes_left)
+        self._others_wait = self._decodes_left < len(self.running) or bool(self.queue and self._free_slots)
         self._spare_rows = self.max_rows - len(self.running)  # every running sequence keeps a row of its own
         self._short = False  # whether a running sequence lacks blocks, so that nobody else may have them
         first = self._promoted
@@ -168,6 +170,8 @@ class Scheduler:
 
     def _advance(self, plan: StepPlan, sequence: Sequence, budget: int) -> None:
         """Plan the next tokens of a running sequence, as many as budget, rows and blocks allow."""
+        if sequence.prefilled:
+            self._decodes_left -= 1
         if sequence.busy or self._budget <= 0 or (sequence.lockstep and sequence.last_step > self._finished_step):
             return
         start = sequence.num_computed
@@ -186,7 +190,8 @@ class Scheduler:
     def _drafts(self, sequence: Sequence) -> list[int]:
         """The drafts that the step can take: within budget, rows and what the sequence may still generate."""
         left = sequence.limit - len(sequence.output_ids) - 1
-        number = max(0, min(self._budget - 1, self._spare_rows, left))
+        kept = int(self._others_wait)  # a token and a row for whoever has not come so far
+        number = max(0, min(self._budget - 1 - self._decodes_left - kept, self._spare_rows - kept, left))
         return sequence.drafts[:number]
 
     def _chunk_size(self, sequence: Sequence, start: int, size: int, rows: int) -> int:

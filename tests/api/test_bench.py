@@ -12,7 +12,7 @@ from ridgeline.core.errors import ConfigError, RidgelineError
 from ridgeline.core.hardware import Peaks
 from ridgeline.engine.engine import Engine, EngineLimits
 from ridgeline.perf import bench
-from tests.control.sim import SimExecutor
+from tests.sim.small import SimExecutor
 
 
 def runtime(engine_type: type[Engine] = Engine, max_len: int = 512, blocks: int = 128) -> Any:

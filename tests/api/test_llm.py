@@ -13,7 +13,8 @@ import ridgeline
 from ridgeline import LLM, ConfigError, EngineConfig, RequestError, RidgelineError, SamplingParams
 from ridgeline.core.config import parse_bytes
 from ridgeline.engine.engine import Engine, EngineLimits
-from tests.control.sim import SimExecutor, chains, score, solo, state
+from tests.sim.model import logprob, state_row
+from tests.sim.small import SimExecutor, hidden_states, solo
 
 LIMITS = EngineLimits(4, 16, 64, 128, 4, [64])
 EOS = frozenset({3})
@@ -111,7 +112,7 @@ def test_a_stream_dropped_by_a_failure_beside_it_says_so(llm: LLM) -> None:
     stream = llm.stream("abc", SamplingParams(max_tokens=20, ignore_eos=True))
     next(stream)
     executor: Any = llm.runtime.engine._executor
-    executor.error, executor.fail_at = RidgelineError("broken"), executor.steps + 2
+    executor.error, executor.fail_at = RidgelineError("broken"), executor.launches + 2
     with pytest.raises(RidgelineError, match="broken"):
         llm.generate("other", SEEDED)
     with pytest.raises(RidgelineError, match="dropped"):
@@ -223,7 +224,7 @@ def test_prompt_logprobs_leave_the_first_token_out(llm: LLM) -> None:
     ids = list(b"some longer prompt than a step has rows")
     output = llm.generate([ids], SamplingParams(prompt_logprobs=0, seed=1, max_tokens=2, n=2))[0]
     assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
-    expected = [score(chain, token) for chain, token in zip(chains(ids), ids[1:], strict=False)]
+    expected = [logprob(hidden, token) for hidden, token in zip(hidden_states(ids), ids[1:], strict=False)]
     for token, value, entry in zip(ids[1:], expected, output.prompt_logprobs[1:], strict=True):
         assert entry is not None and entry[token].logprob == pytest.approx(value)
     assert llm.generate("a", SEEDED)[0].prompt_logprobs is None
@@ -231,7 +232,7 @@ def test_prompt_logprobs_leave_the_first_token_out(llm: LLM) -> None:
 
 def test_embeddings(llm: LLM) -> None:
     outputs = llm.embed(["abcdefgh", "b"])
-    states = np.array([state(c) for c in chains(list(b"abcdefgh"))])
+    states = np.array([state_row(h) for h in hidden_states(list(b"abcdefgh"))])
     assert outputs[0].embedding == (states.sum(axis=0) / 8).tolist() and len(outputs) == 2
     assert llm.embed("abcdefgh", pooling="last")[0].embedding == states[-1].tolist()
     with pytest.raises(RequestError, match="pooling must be 'mean' or 'last'"):
@@ -272,7 +273,7 @@ def test_stop_strings_wait_for_min_tokens(llm: LLM) -> None:
 
 def test_interrupt_in_the_middle_leaves_a_usable_llm(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     executor: Any = llm.runtime.engine._executor
-    executor.error, executor.fail_at = KeyboardInterrupt(), executor.steps + 3
+    executor.error, executor.fail_at = KeyboardInterrupt(), executor.launches + 3
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["a", "b"], SamplingParams(ignore_eos=True))
     assert not llm.runtime.engine.has_work

@@ -1,120 +1,22 @@
-"""The engine's loop over the simulated executor: every stream equals its solo run, whatever ran beside it."""
+"""The engine's loop over the simulated executor, case by case; random loads are in ``tests/sim``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ridgeline.core.errors import RequestError, RidgelineError
 from ridgeline.core.types import SamplingParams, SlotStart
 from ridgeline.engine.engine import Engine, EngineLimits
-from ridgeline.engine.request import Request
-from tests.control.sim import SimExecutor, chains, score, solo, state
+from tests.sim.model import state_row
+from tests.sim.small import SimExecutor, hidden_states, solo
 
 VOCAB = 50
 EOS = frozenset({7, 31})
 
 
-@dataclass
-class Case:
-    """One request of a random mix: when it comes, what it asks, and after how many steps it is aborted."""
-
-    arrival: int
-    prompt: list[int]
-    params: SamplingParams
-    abort_at: int | None
-    priority: int = 0
-
-
-@st.composite
-def limits(draw: st.DrawFn) -> EngineLimits:
-    max_requests = draw(st.integers(1, 5))
-    block_size = draw(st.sampled_from([1, 2, 4, 16]))
-    max_len = draw(st.integers(24, 48))
-    whole = -(-max_len // block_size)
-    windows = draw(st.sampled_from([[0], [0, 0], [0, 5], [0, 9, 2]]))
-    return EngineLimits(
-        max_requests=max_requests,
-        max_tokens=draw(st.integers(max_requests, 20)),
-        max_len=max_len,
-        vocab_size=VOCAB,
-        block_size=block_size,
-        num_blocks=[
-            draw(st.integers(whole if not w else min(whole, -(-(w - 1) // block_size) + 1), 3 * whole)) for w in windows
-        ],
-        windows=windows,
-        max_sampled_rows=max_requests + draw(st.integers(0, 6)),
-        max_open_steps=draw(st.integers(1, 2)),
-        prefix_sharing=draw(st.booleans()),
-        speculation=draw(st.sampled_from([None, "ngram"])),
-        ngram_min=1,
-        max_preemptions=draw(st.integers(0, 3)),
-    )
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    params = SamplingParams(
-        max_tokens=draw(st.integers(1, 20)),
-        seed=draw(st.integers(0, 2**60)),
-        n=draw(st.sampled_from([1, 1, 1, 3])),
-        prompt_logprobs=draw(st.sampled_from([None, None, 0])),
-        ignore_eos=draw(st.booleans()),
-        stop_token_ids=tuple(draw(st.lists(st.integers(0, VOCAB - 1), max_size=2))),
-    )
-    shared = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3][: draw(st.sampled_from([0, 0, 7, 16]))]
-    prompt = shared + draw(st.lists(st.integers(0, VOCAB - 1), min_size=0 if shared else 1, max_size=23 - len(shared)))
-    return Case(
-        draw(st.integers(0, 12)), prompt, params, draw(st.none() | st.integers(0, 25)), draw(st.integers(-1, 1))
-    )
-
-
 def make_engine(bounds: EngineLimits, executor: SimExecutor | None = None) -> Engine:
     return Engine(executor or SimExecutor(bounds), bounds, eos_ids=EOS, seed=0)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(limits(), st.lists(cases(), min_size=1, max_size=10))
-def test_stream_equals_solo_run(bounds: EngineLimits, mix: list[Case]) -> None:
-    engine = make_engine(bounds)
-    requests: dict[int, list[Request]] = {}
-    step = 0
-    while step <= 12 or engine.has_work:
-        for number, case in enumerate(mix):
-            if case.arrival == step:
-                requests[number] = engine.make_requests(case.prompt, case.params, priority=case.priority)
-                engine.submit(requests[number])
-            if case.abort_at == step and number in requests:
-                engine.abort(requests[number][-1])
-        engine.check()
-        if engine.has_work:
-            engine.step()
-        engine.check()
-        step += 1
-        assert step < 3000, "requests wait for ever"
-    for number, case in enumerate(mix):
-        for request in requests[number]:
-            check_result(request, case, bounds)
-    assert_idle(engine)
-
-
-def check_result(request: Request, case: Case, bounds: EngineLimits) -> None:
-    """A request has given what it gives alone, up to where it was aborted."""
-    tokens, reason = solo(case.prompt, case.params, VOCAB, bounds.max_len, EOS, request.index)
-    if request.finish_reason == "abort":
-        assert case.abort_at is not None
-        assert request.output_ids == tokens[: len(request.output_ids)]
-        return
-    assert (request.output_ids, request.finish_reason) == (tokens, reason)
-    if case.params.prompt_logprobs is not None and request.index == 0:
-        before = chains(case.prompt)
-        expected = [score(chain, token) for chain, token in zip(before, case.prompt[1:], strict=False)]
-        assert request.prompt_logprobs is not None
-        np.testing.assert_allclose([own for own, _, _ in request.prompt_logprobs], expected, rtol=1e-6)
 
 
 def assert_idle(engine: Engine) -> None:
@@ -163,7 +65,7 @@ def test_logits_that_are_not_numbers_end_their_request_only() -> None:
     class Nan(SimExecutor):
         def finish(self, ticket, masks=None):  # type: ignore[no-untyped-def]
             output = super().finish(ticket, masks)
-            if self.steps == 2:
+            if self.launches == 2:
                 output.token_ids[0] = -1
             return output
 
@@ -236,7 +138,7 @@ def test_pooled_states_do_not_depend_on_chunks(pooling: str, open_steps: int) ->
             engine.step()
             engine.check()
         for request, prompt in zip(requests, prompts, strict=True):
-            states = np.array([state(c) for c in chains(prompt)])
+            states = np.array([state_row(h) for h in hidden_states(prompt)])
             expected = states.sum(axis=0) / len(prompt) if pooling == "mean" else states[-1]
             np.testing.assert_array_equal(request.pooled, expected)
             assert request.finish_reason == "stop"

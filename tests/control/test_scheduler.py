@@ -13,7 +13,7 @@ from ridgeline.scheduler.budget import StepBudget
 from ridgeline.scheduler.ngram import NgramDrafter
 from ridgeline.scheduler.scheduler import Scheduler
 from ridgeline.scheduler.sequence import TRANSITIONS, Sequence, State
-from tests.control.sim import SimExecutor
+from tests.sim.small import SimExecutor
 
 VOCAB = 50
 
@@ -186,7 +186,7 @@ def test_drafts_save_steps_where_the_output_repeats() -> None:
     steps = {}
     for speculation in (None, "ngram"):
         limits = EngineLimits(2, 64, 200, VOCAB, 4, [100], max_sampled_rows=16, speculation=speculation)
-        engine = Engine(SimExecutor(limits), limits, seed=0)
+        engine = Engine(SimExecutor(limits, loopy=16), limits, seed=0)
         request = engine.make_request([3, 1, 4], SamplingParams(max_tokens=60, seed=5, ignore_eos=True))
         engine.submit([request])
         run_all(engine, [request])

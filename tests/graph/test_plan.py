@@ -154,6 +154,14 @@ def test_a_decode_step_reads_every_weight_byte_once():
     assert cost.dot["bf16"] == 4 * 100 * cfg.num_heads * cfg.head_dim * cfg.num_layers
 
 
+def test_an_int8_cache_counts_its_codes_and_a_scale_per_token_and_head():
+    cfg = config(num_layers=3)
+    plan = compile(graph(cfg, random_weights(cfg, "q8_0"), "int8"), cpu_target("int8"))
+    assert plan.caches[0].bytes_per_token == 3 * 2 * 2 * (16 + 4)
+    cost = plan.cost(Load.of([(99, 1)]))
+    assert cost.kv_read == 100 * plan.caches[0].bytes_per_token and cost.kv_written == plan.caches[0].bytes_per_token
+
+
 def test_the_cost_of_a_quantized_linear():
     g = GraphBuilder(8, 4)
     x = g.embed(g.token_ids, g.weight("table", (10, 64), F32))

@@ -37,7 +37,7 @@ def test_random_mixes_give_the_bits_of_a_request_alone(isa: str, name: str) -> N
         assert_same(first, run_mix(executor(name, isa, threads), ids, seed, **size))
 
 
-@pytest.mark.parametrize("name", ["q4_1", "q8_0-f16", "q4_0-f32"])
+@pytest.mark.parametrize("name", ["q4_1", "q8_0-f16", "q4_0-f32", "q8_0-int8"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_long_contexts_decode_to_the_bits_of_prefill(isa: str, name: str) -> None:
     """One request past 512 tokens: its keys are split over threads in single decodes, not in prefill."""

@@ -111,5 +111,5 @@ def test_a_rounded_cache_changes_little(tmp_path):
         return Driver(executor, 8).step([(0, tokens)])[1]
 
     exact, scale = logits("f32"), np.abs(logits("f32")).max()
-    f16, bf16 = (np.abs(logits(d) - exact).max() / scale for d in ("f16", "bf16"))
-    assert 0 < f16 < bf16 < 0.05
+    f16, bf16, int8 = (np.abs(logits(d) - exact).max() / scale for d in ("f16", "bf16", "int8"))
+    assert 0 < f16 < bf16 < 0.05 and bf16 < int8 < 0.1

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from ridgeline.backends.reference.numerics import Q8, quantize_q8, rounded
-from ridgeline.backends.reference.ops import run_op
+from ridgeline.backends.reference.ops import rounded_query, rounded_weights, run_op
 from ridgeline.core.formats import WeightFormat
 
 FACTOR = 2.0
@@ -159,21 +159,23 @@ def plain_attention(
 
     Args:
         q: [n, heads, d]; k, v: [c, kv_heads, d] as the cache holds them; positions: [n].
-        dtype: of the cache; beside bf16 queries and probabilities are rounded to it.
+        dtype: of the cache; beside bf16 and int8 queries and probabilities are rounded too.
     """
     group = q.shape[1] // k.shape[1]
-    round_to = dtype if dtype == "bf16" else "f32"
-    q, k, v = rounded(q, round_to), np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    round_to = dtype if dtype in ("bf16", "int8") else "f32"
+    q, k, v = rounded_query(q, round_to), np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     scores = np.zeros((len(q), q.shape[1], len(k)), np.float32)
     for d in range(q.shape[2]):
         scores = scores + q[:, :, None, d] * k[None, :, :, d].transpose(0, 2, 1)
     seen = np.arange(len(k)) <= positions[:, None, None]
     scores = np.where(seen, scores * np.float32(scale), -np.inf).astype(np.float32)
-    p = rounded(np.exp(scores - scores.max(axis=2, keepdims=True)), round_to)
+    p = np.exp(scores - scores.max(axis=2, keepdims=True))
+    weights = rounded_weights(p.transpose(1, 0, 2), v.transpose(1, 0, 2), round_to).transpose(1, 0, 2)
+    p = p if dtype == "int8" else weights  # what is summed: int8 weights are rounded together with their values' scales
     total, y = np.zeros_like(scores[:, :, :1]), np.zeros_like(q)
     for t in range(len(k)):
         total = total + p[:, :, t : t + 1]
-        y = y + p[:, :, t : t + 1] * v[t]
+        y = y + weights[:, :, t : t + 1] * v[t]
     return y / total
 
 

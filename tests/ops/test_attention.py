@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cases import ATTENTION_CASES, AttentionCase, seed_of
+from cases import ATTENTION_CASES, KV_DTYPES, AttentionCase, seed_of
 from ops.accuracy import assert_accurate, decode, plain_attention
 from ops.lone import Heads, LoneGraph, NativeGraph, batch_of
 
@@ -121,7 +121,7 @@ def test_rotated_queries(isa: str) -> None:
     assert_accurate(lone.native(lone.q, isa, 1), "f32", truth, straightforward)
 
 
-@pytest.mark.parametrize("kv_dtype", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
 def test_decode_gives_the_bits_of_prefill(isa: str, kv_dtype: str) -> None:
     """The last token alone (its keys split over threads, or not) and the same token inside a prefill."""
@@ -133,19 +133,64 @@ def test_decode_gives_the_bits_of_prefill(isa: str, kv_dtype: str) -> None:
         np.testing.assert_array_equal(lone.native(lone.output, isa, threads)[0], expected[length - 1])
 
 
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
-def test_what_was_never_written_never_matters(isa: str) -> None:
+def test_what_was_never_written_never_matters(isa: str, kv_dtype: str) -> None:
     """Blocks left behind by another request hold NaN; a masked value is selected away, never multiplied."""
-    case = AttentionCase(2, 1, 32, "bf16", ((0, 21),))
+    case = AttentionCase(2, 1, 32, kv_dtype, ((0, 21),))
     lone = LoneAttention(case)
     expected = lone.native(lone.output, isa, 1)
-    poisoned = LoneAttention(AttentionCase(2, 1, 32, "bf16", ((32, 21),)))
+    poisoned = LoneAttention(AttentionCase(2, 1, 32, kv_dtype, ((32, 21),)))
     poisoned.feed(np.concatenate([np.full_like(poisoned.qkv[:32], np.nan), lone.qkv]))
     tokens = range(32, 53)
     poisoned.step = batch_of([(0, 0, tokens)], [])  # the same blocks, now from position 0
     got = poisoned.native(poisoned.output, isa, 1)
     assert np.isfinite(decode(got, "f32")).all()
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_token_never_sees_what_a_later_one_holds(isa: str, bad: float, kv_dtype: str) -> None:
+    """Not even where kernels take the rows of several tokens together, and not even NaN or infinity."""
+    case = AttentionCase(2, 1, 32, kv_dtype, ((250, 21),))
+    lone = LoneAttention(case)
+    expected = lone.native(lone.output, isa, 1)
+    damaged = lone.qkv.copy()
+    damaged[-9, 64:] = bad  # the key and value of the 13th token of the step
+    lone.feed(damaged)
+    got = lone.native(lone.output, isa, 2)
+    np.testing.assert_array_equal(got[:12], expected[:12])
+    assert not np.isfinite(decode(got, "f32")[12:]).all()
+
+
+@pytest.mark.parametrize("what", ["queries", "keys", "values"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_nan_is_not_lost_in_an_int8_cache(isa: str, what: str) -> None:
+    """Codes hold no NaN, so their scale must: damaged numbers must not turn into plausible ones."""
+    lone = LoneAttention(AttentionCase(2, 1, 32, "int8", ((0, 21),)))
+    lone.qkv[7, {"queries": 5, "keys": 70, "values": 100}[what]] = np.nan
+    lone.feed(lone.qkv)
+    got = decode(lone.native(lone.output, isa, 2), "f32")
+    assert np.isfinite(got[:7]).all()
+    if what == "queries":
+        assert np.isnan(got[7, :32]).all() and np.isfinite(got[7:, 32:]).all() and np.isfinite(got[8:]).all()
+    else:
+        assert np.isnan(got[7:]).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_extreme_magnitudes_in_an_int8_cache(isa: str) -> None:
+    """Rows of zeros, of numbers too small to invert, and of large ones give finite results near the truth."""
+    case = AttentionCase(2, 1, 32, "int8", ((0, 40),))
+    lone = LoneAttention(case)
+    scale = np.array([0.0, 1e-44, 1e-30, 1.0, 1e15], np.float32)[np.arange(40) % 5]
+    lone.qkv[:, 96:] *= scale[:, None]
+    lone.qkv[::4, 64:96] *= 0.0
+    lone.feed(lone.qkv)
+    truth, straightforward = lone.expected()[1]
+    assert_accurate(lone.native(lone.output, isa, 2), "f32", truth, straightforward)
 
 
 def test_the_reference_of_attention_is_not_the_kernel() -> None:

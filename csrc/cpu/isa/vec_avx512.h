@@ -113,6 +113,9 @@ inline I32 xor_i(I32 a, I32 b) { return _mm512_xor_si512(a, b); }
 inline I32 sub_i(I32 a, I32 b) { return _mm512_sub_epi32(a, b); }
 template <int kBits>
 inline I32 shift_right(I32 a) { return _mm512_srli_epi32(a, kBits); }
+template <int kBits>
+inline I32 shift_left(I32 a) { return _mm512_slli_epi32(a, kBits); }
+inline void store_low_bytes(void* p, I32 x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
 // Both halves of the 64-bit products of unsigned lanes.
 inline void mul_wide(I32 a, uint32_t by, I32& high, I32& low) {
   const I32 b = splat_i((int32_t)by);

@@ -176,6 +176,13 @@ inline I32 xor_i(I32 a, I32 b) { return a ^ b; }
 inline I32 sub_i(I32 a, I32 b) { return (I32)((U32)a - (U32)b); }
 template <int kBits>
 inline I32 shift_right(I32 a) { return (I32)((U32)a >> kBits); }
+template <int kBits>
+inline I32 shift_left(I32 a) { return (I32)((U32)a << kBits); }
+inline void store_low_bytes(void* p, I32 x) {
+  uint8_t b[16];
+  for (int i = 0; i < 16; i++) b[i] = (uint8_t)x[i];
+  std::memcpy(p, b, 16);
+}
 inline void mul_wide(I32 a, uint32_t by, I32& high, I32& low) {
   for (int i = 0; i < 16; i++) {
     const uint64_t product = (uint64_t)(uint32_t)a[i] * by;

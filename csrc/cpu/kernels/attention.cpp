@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 
+#include "kernels/attention_int8.h"
 #include "kernels/kv.h"
 #include "kernels/quantize.h"
 #include "kernels/table.h"
@@ -190,6 +191,16 @@ __attribute__((noinline)) void chunk_partial(const uint8_t* const* q, const uint
   const uint8_t *values[kChunk / kBlock], *p[R];
   int seen = *std::max_element(limits, limits + R), blocks = (seen + 15) / 16;
   for (int b = 0; b < blocks; b++) values[b] = keys[b] + run_bytes;
+  if constexpr (kType == Dtype::Q8) {
+    float scales[R];
+    int8_scores<R, kChunk>(q, keys, blocks, dim, scale, x.scores[0], next ? values : nullptr);
+    for (int r = 0; r < R; r++) {
+      p[r] = x.probabilities[r];
+      softmax_row<Dtype::F32>(x.scores[r], limits[r], (uint8_t*)x.scores[r], x.m[r], x.l[r]);
+      scales[r] = int8_weights(x.scores[r], values, blocks, limits[r], dim, x.probabilities[r]);
+    }
+    return int8_output<R>(p, scales, values, blocks, dim, x.partial[0], next);
+  }
   int b = 0;
   for (; b + 4 <= blocks; b += 4) {
     score_blocks<kType, R, 4>(q, keys + b, dim, splat(scale), x.scores[0] + 16 * b,
@@ -276,6 +287,7 @@ struct Task {
     if (on_tiles()) return run_tiles(chunk, keys, next);
     const Partial* partials = s.cache.dtype == Dtype::BF16  ? kPartials<Dtype::BF16>
                               : s.cache.dtype == Dtype::F16 ? kPartials<Dtype::F16>
+                              : s.cache.dtype == Dtype::Q8  ? kPartials<Dtype::Q8>
                                                             : kPartials<Dtype::F32>;
     const size_t element = query_bytes(s.cache.dtype);
     for (int row = 0; row < rows(); row += kRows) {
@@ -382,6 +394,7 @@ struct Task {
       if (s.cache.dtype == Dtype::BF16) rotate_own<Dtype::BF16>();
       if (s.cache.dtype == Dtype::F16) rotate_own<Dtype::F16>();
       if (s.cache.dtype == Dtype::F32) rotate_own<Dtype::F32>();
+      if (s.cache.dtype == Dtype::Q8) rotate_own<Dtype::Q8>();
     }
     if (!s.one_each && on_tiles()) gather_queries();
     for (int chunk = t.chunk_begin; chunk < t.chunk_end; chunk++) run_chunk(chunk, after);

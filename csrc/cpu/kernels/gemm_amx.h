@@ -92,7 +92,33 @@ inline __attribute__((always_inline)) void group_turn(F32 (&acc)[R], const TileB
   scale_group<R>(acc, load_f16(record + (size_t)g * record_bytes(kFormat)), b.scales + 16 * g, sums[C]);
 }
 
-// out[r][0..16) of R rows (`stride` floats apart) by one column tile. `record` points at the first group's scales of
+// out[r][0..32) = the chain of minima of eight rows from `row` on by both column tiles of a panel; rows past a block's
+// last give numbers nobody reads. Apart from the tiles, which would take half of the vector units away.
+inline void minima_columns(const TileBlock& b, int row, const uint8_t* minima, int groups, size_t record_stride,
+                           float* out, int stride) {
+  constexpr int kRowsAtOnce = 8;
+  F32 acc[kRowsAtOnce][2];
+RL_UNROLL
+  for (int r = 0; r < kRowsAtOnce; r++) acc[r][0] = acc[r][1] = zero_f();
+  const float* sums = b.scaled_sums + row;
+  for (int g = 0; g < groups; g++, minima += record_stride, sums += kTileRows) {
+    const F32 low = load_f16(minima), high = load_f16(minima + 32);
+RL_UNROLL
+    for (int r = 0; r < kRowsAtOnce; r++) {
+      const F32 t = splat(sums[r]);
+      acc[r][0] = fma(low, t, acc[r][0]);
+      acc[r][1] = fma(high, t, acc[r][1]);
+    }
+  }
+RL_UNROLL
+  for (int r = 0; r < kRowsAtOnce; r++) {
+    store_f(out + r * stride, acc[r][0]);
+    store_f(out + r * stride + kTile, acc[r][1]);
+  }
+}
+
+// out[r][0..16) of R rows (`stride` floats apart) by one column tile, plus what is there for formats with a minimum.
+// `record` points at the first group's scales of
 // these columns. The sums of a group pass through memory, the only way out of a tile: they are started three groups
 // and stored one group before they are scaled. (While tile instructions are in
 // flight, one 512-bit vector operation starts in a cycle instead of two: the three of each row are what takes time.)
@@ -104,18 +130,6 @@ __attribute__((noinline)) void tile_columns(const TileBlock& b, const uint8_t* t
   F32 acc[R];
 RL_UNROLL
   for (int r = 0; r < R; r++) acc[r] = zero_f();
-  if constexpr (kMinimum) {  // first, while no tile competes for the vector units
-    for (int g = 0; g < groups; g++) {
-      const F32 minimum = load_f16(record + 64 + (size_t)g * record_bytes(kFormat));
-RL_UNROLL
-      for (int r = 0; r < R; r++) acc[r] = fma(minimum, splat(b.scaled_sums[16 * g + r]), acc[r]);
-    }
-RL_UNROLL
-    for (int r = 0; r < R; r++) {
-      store_f(out + r * stride, acc[r]);
-      acc[r] = zero_f();
-    }
-  }
   tile_fence();
   start_group<0>(b, tile, 0);
   if (groups > 1) start_group<1>(b, tile, 1);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <limits>
 
 #include "isa/isa.h"
 #include "step.h"
@@ -11,10 +12,18 @@ namespace ridgeline::RL_ISA {
 
 template <Dtype kType>
 struct Kv {
-  static constexpr int kPair = kType == Dtype::BF16 ? 2 : 1;   // dims (keys) or tokens (values) side by side
+  static constexpr int kPair = kType == Dtype::Q8 ? 4 : kType == Dtype::BF16 ? 2 : 1;   // dims (keys) or tokens (values) side by side
 };
 
-// Bytes of one query value: bf16 beside a bf16 cache, else fp32.
+// What follows the two planes of bytes of an int8 query: q = scale * (128 * high + low), and 128 times the sum of those
+// integers, which is what the keys' offset of 128 adds to a dot product.
+struct Int8Query {
+  float scale;
+  int32_t bias;
+};
+inline constexpr int kMaxInt8Query = 127 * 128 + 63;
+
+// Bytes of one query value: bf16 beside a bf16 cache, else fp32 (an int8 query fits in as much).
 inline constexpr size_t query_bytes(Dtype cache) { return cache == Dtype::BF16 ? 2 : 4; }
 
 // The keys of one KV head in a block; its values follow run_bytes later.
@@ -41,9 +50,65 @@ inline void convert(void* out, const float* in, int n) {
   }
 }
 
+// The largest magnitude of n values, a multiple of 16; NaN if one is.
+inline float magnitude(const float* x, int n) {
+  I32 top = zero_i();  // compared as integers, where NaN is the largest
+  for (int i = 0; i < n; i += 16) top = max_i(top, bits(abs(load_f(x + i))));
+  int32_t lanes[16], most = 0;
+  store_i(lanes, top);
+  for (int32_t v : lanes) most = v > most ? v : most;
+  float result;
+  std::memcpy(&result, &most, 4);
+  return result;
+}
+
+// What brings magnitudes up to `largest` to `most`; finite, as infinity times 0 is no code.
+inline F32 inverse_scale(float most, float largest) {
+  return min(div(splat(most), splat(largest)), splat(std::numeric_limits<float>::max()));
+}
+
+// Codes of n values in int8 plus `offset`, relative to the largest magnitude; returns their scale.
+inline float quantize_head(const float* x, int n, int offset, uint8_t* codes) {
+  const float largest = magnitude(x, n);
+  const F32 inverse = inverse_scale(127.0f, largest);
+  for (int i = 0; i < n; i += 16)
+    store_low_bytes(codes + i, add_i(to_i(mul(load_f(x + i), inverse)), splat_i(offset)));
+  return largest / 127.0f;
+}
+
+// Writes one token's key and value of one head to an int8 cache.
+inline void write_int8_head(uint8_t* keys, uint8_t* values, int token, int head_dim, const float* k, const float* v) {
+  alignas(64) uint8_t codes[kMaxHeadDim];
+  ((float*)(keys + kBlock * head_dim))[token] = quantize_head(k, head_dim, 128, codes);
+  for (int d = 0; d < head_dim / 4; d++) std::memcpy(keys + 4 * (d * kBlock + token), codes + 4 * d, 4);
+  ((float*)(values + kBlock * head_dim))[token] = quantize_head(v, head_dim, 0, codes);
+  uint8_t* row = values + (size_t)(token / 4) * 4 * head_dim + token % 4;
+  for (int d = 0; d < head_dim; d++) row[4 * d] = codes[d];
+}
+
+// A rotated query as planes of bytes (high, then low) and what completes them.
+inline void quantize_query(const float* x, int n, uint8_t* out) {
+  const float largest = magnitude(x, n);
+  const F32 inverse = inverse_scale((float)kMaxInt8Query, largest);
+  I32 total = zero_i();
+  for (int i = 0; i < n; i += 16) {
+    const I32 q = to_i(mul(load_f(x + i), inverse));
+    total = add_i(total, q);
+    // As unsigned the shift below would not keep the sign, so 2^16 is added before and its 512 lost with the byte.
+    const I32 high = shift_right<7>(add_i(q, splat_i(64 + (1 << 16))));
+    store_low_bytes(out + i, high);
+    store_low_bytes(out + n + i, sub_i(add_i(q, splat_i(1 << 16)), shift_left<7>(high)));
+  }
+  int32_t lanes[16], sum = 0;
+  store_i(lanes, total);
+  for (int32_t v : lanes) sum += v;
+  *(Int8Query*)(out + 2 * n) = {largest / (float)kMaxInt8Query, 128 * sum};
+}
+
 // Writes one token's key and value of one head: keys and values both go across the lanes' direction.
 template <Dtype kType>
 inline void write_head(uint8_t* keys, uint8_t* values, int token, int head_dim, const float* k, const float* v) {
+  if constexpr (kType == Dtype::Q8) return write_int8_head(keys, values, token, head_dim, k, v);
   alignas(64) uint8_t packed[4 * kMaxHeadDim];
   convert<kType>(packed, k, head_dim);
   if constexpr (kType == Dtype::F32) {
@@ -69,6 +134,8 @@ inline void rope_query(const RopeKvArgs& a, const Step& s, int t, int h, uint8_t
   rotate(rotated, (const float*)s.at(a.qkv, t) + h * a.head_dim, s.rope_cos + at, s.rope_sin + at, half);
   if constexpr (kType == Dtype::BF16) {
     convert<kType>(out, rotated, a.head_dim);
+  } else if constexpr (kType == Dtype::Q8) {
+    quantize_query(rotated, a.head_dim, out);
   } else {
     std::memcpy(out, rotated, 4 * (size_t)a.head_dim);
   }

@@ -103,6 +103,13 @@ class TileLinear {
     const size_t tile_bytes = (size_t)groups_ * kGroupBytes;
     for (int p = 0; p < used; p++)
       unpack_panel<kFormat>(panel + p * a_.w.panel_bytes, groups_, unpacked_ + 2 * p * tile_bytes);
+    if constexpr (kFormat == Format::Q4_1) {
+      for (int p = 0; p < used; p++)
+        for (int i = 0; i < blocks_; i++)
+          for (int row = 0; row < block_[i].rows; row += 8)
+            minima_columns(block_[i], row, panel + p * a_.w.panel_bytes + code_bytes(kFormat) + 64, groups_,
+                           record_bytes(kFormat), results(i) + row * kResult + kPanel * p, kResult);
+    }
     for (int t = 0; t < 2 * used; t++) {  // one column tile stays in the first-level cache for all rows
       const uint8_t* scales = panel + t / 2 * a_.w.panel_bytes + code_bytes(kFormat) + t % 2 * 32;
       // The next unit's panels, half by either column tile: unpacking them is all loads and could not wait for memory.

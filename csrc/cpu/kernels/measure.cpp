@@ -60,8 +60,29 @@ RL_UNROLL
   return first;
 }
 
+#if defined(RL_ISA_AMX)
+// Four independent sums of full tiles: 16 rows by 16 columns by 64 bytes of K.
+double spin_tiles(int kind, long iterations) {
+  TileConfig config;
+  for (int t = 0; t < 8; t++) config.shape(t, 16, 64);
+  tile_configure(config);
+  for (long k = 0; k < iterations; k++) {
+    if (kind == 0) {
+      tile_dot_s8<0, 4, 6>(), tile_dot_s8<1, 4, 7>(), tile_dot_s8<2, 5, 6>(), tile_dot_s8<3, 5, 7>();
+    } else {
+      tile_dot_bf16<0, 4, 6>(), tile_dot_bf16<1, 4, 7>(), tile_dot_bf16<2, 5, 6>(), tile_dot_bf16<3, 5, 7>();
+    }
+  }
+  tile_release();
+  return (double)iterations * 4 * 16 * 16 * (kind == 0 ? 64 : 32) * 2;
+}
+#endif
+
 // kind 0: int8 dot, 1: bf16 dot, 2: fp32 fused multiply-add. Returns operations done.
 double spin_ops(int kind, long iterations) {
+#if defined(RL_ISA_AMX)
+  if (kind < 2) return spin_tiles(kind, iterations);
+#endif
   volatile int32_t one = 0x01010101, pair = 0x3c003c00;
   volatile float thousandth = 1e-3f;
   const I32 ones = splat_i(one), pairs = splat_i(pair);

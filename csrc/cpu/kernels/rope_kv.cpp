@@ -20,6 +20,7 @@ void rope_kv(const RopeKvArgs& a, const Step& s, Worker& w) {
   if (s.one_each) return;
   auto token = s.cache.dtype == Dtype::BF16  ? rope_token<Dtype::BF16>
                : s.cache.dtype == Dtype::F16 ? rope_token<Dtype::F16>
+               : s.cache.dtype == Dtype::Q8  ? rope_token<Dtype::Q8>
                                              : rope_token<Dtype::F32>;
   w.team.own(w.thread, s.tokens, [&](int begin, int end) {
     for (int t = begin; t < end; t++) token(a, s, t);

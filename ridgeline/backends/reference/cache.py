@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ridgeline.backends.reference.numerics import Array, rounded
+from ridgeline.backends.reference.numerics import Array, fixed_point, rounded
 from ridgeline.core.types import Batch, Int32
 
 
@@ -79,13 +79,18 @@ def copy_blocks(cache: PagedCache, copies: Int32) -> None:
     cache.k[destination], cache.v[destination] = cache.k[source], cache.v[source]
 
 
+def _stored(x: Array, dtype: str) -> Array:
+    """Keys or values [T, num_kv_heads, head_dim] as the cache keeps them; int8 has a scale per token and head."""
+    return fixed_point(x, 127) if dtype == "int8" else rounded(x, dtype)
+
+
 def write(cache: PagedCache, k: Array, v: Array, context: StepContext) -> PagedCache:
     """Stores each token's keys and values ([T, num_kv_heads * head_dim]), rounded, in place."""
     size, shape = cache.k.shape[1], (len(k), *cache.k.shape[2:])
     positions = context.positions.astype(np.int64)
     blocks = context.block_tables[cache.group][context.token_slots(), positions // size]
-    cache.k[blocks, positions % size] = rounded(k, cache.dtype).reshape(shape)
-    cache.v[blocks, positions % size] = rounded(v, cache.dtype).reshape(shape)
+    cache.k[blocks, positions % size] = _stored(k.reshape(shape), cache.dtype)
+    cache.v[blocks, positions % size] = _stored(v.reshape(shape), cache.dtype)
     return cache
 
 

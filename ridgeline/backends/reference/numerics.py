@@ -24,6 +24,19 @@ def rounded(x: Array, dtype: str) -> Array:
     return result
 
 
+def fixed_point(x: Array, most: int) -> Array:
+    """``x`` as whole multiples of largest / ``most`` (nearest, ties to even), the largest magnitude being that of the
+    last axis; computed in float32, returned in the array's own type."""
+    exact = x.astype(np.float32)
+    largest = np.abs(exact).max(axis=-1, keepdims=True)
+    inverse = np.zeros_like(largest)
+    with np.errstate(over="ignore"):
+        np.divide(np.float32(most), largest, out=inverse, where=largest > 0)
+    codes = np.rint(exact * np.minimum(inverse, np.finfo(np.float32).max))
+    result: Array = codes.astype(x.dtype) * (largest / np.float32(most)).astype(x.dtype)
+    return result
+
+
 @dataclass(frozen=True)
 class Q8:
     """Activations quantized to int8 per 32 of K.

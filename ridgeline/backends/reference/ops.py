@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ridgeline.backends.reference.cache import PagedCache, StepContext, read, write
-from ridgeline.backends.reference.numerics import Q8, Array, quantize_q8, rounded
+from ridgeline.backends.reference.numerics import Q8, Array, fixed_point, quantize_q8, rounded
 from ridgeline.graph.ir import INTERLEAVE
 from ridgeline.graph.ops import OPS
 
@@ -164,7 +164,7 @@ def _rope_kv_write(call: _Call) -> tuple[Any, ...]:
 
 def _attention(call: _Call) -> tuple[Any, ...]:
     q, cache, context = call.array(0), call.cache(1), call.context
-    round_to = cache.dtype if cache.dtype == "bf16" and call.dtype is np.float32 else None
+    round_to = cache.dtype if cache.dtype in ("bf16", "int8") and call.dtype is np.float32 else None
     y = np.zeros_like(q)
     for b, slot in enumerate(context.slots):
         start, end = context.query_starts[b], context.query_starts[b + 1]
@@ -179,7 +179,7 @@ def _attend(call: _Call, q: Array, k: Array, v: Array, positions: Array, round_t
     a, n, c = call.attrs, len(q), len(k)
     kv_heads, dim = a["num_kv_heads"], a["head_dim"]
     if round_to:
-        q = rounded(q, round_to)
+        q = rounded_query(q.reshape(n, -1, dim), round_to).reshape(q.shape)
     grouped = q.reshape(n, kv_heads, -1, dim).transpose(1, 2, 0, 3)  # [kv_heads, queries per KV head, n, d]
     scores = grouped @ k.transpose(1, 2, 0)[:, None] * call.dtype(a["scale"])
     keys, at = np.arange(c), positions[:, None]
@@ -189,10 +189,30 @@ def _attend(call: _Call, q: Array, k: Array, v: Array, positions: Array, round_t
     scores = np.where(seen, scores, -np.inf)
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
     total = p.sum(axis=-1, keepdims=True)
+    values = v.transpose(1, 0, 2)[:, None]  # [kv_heads, 1, c, d]
     if round_to:
-        p = rounded(p, round_to)
-    y: Array = p @ v.transpose(1, 0, 2)[:, None] / total
+        p = rounded_weights(p, values, round_to)
+    y: Array = p @ values / total
     return y.transpose(2, 0, 1, 3).reshape(n, -1)
+
+
+INT8_QUERY, INT8_WEIGHT = 127 * 128 + 63, 65535
+"""Beside an int8 cache queries are whole multiples of their head's largest magnitude over the first of these, and
+probabilities times the scales of their values multiples of their row's largest over the second."""
+
+
+def rounded_query(q: Array, dtype: str) -> Array:
+    """Queries [n, heads, head_dim] as they multiply the keys of a bf16 or int8 cache."""
+    return fixed_point(q, INT8_QUERY) if dtype == "int8" else rounded(q, dtype)
+
+
+def rounded_weights(p: Array, v: Array, dtype: str) -> Array:
+    """Probabilities [..., c] as they multiply the values [..., c, head_dim] of a bf16 or int8 cache."""
+    if dtype != "int8":
+        return rounded(p, dtype)
+    scale = np.abs(v).max(axis=-1)[..., None, :] / 127
+    result: Array = fixed_point(p * scale, INT8_WEIGHT) / np.where(scale > 0, scale, 1)
+    return result
 
 
 KERNELS: dict[str, Kernel] = {
