@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peers import install, workload
-from peers.client import EngineError, Sample, Worker, observe, wait_quiet
+from peers.client import NOISY, EngineError, Sample, Worker, calmest, observe, spread, wait_quiet
 from peers.engines import (
     LLAMACPP_FASTEST,
     LLAMACPP_SAME_FILE,
@@ -36,8 +36,6 @@ PROMPT_TOKENS = 128
 OUT_TOKENS = 128
 PREFILL_TOKENS = 512
 MAX_SEQS = 32
-NOISY = 0.15  # cores taken by others above which a sample is taken again, once
-ATTEMPTS = 4  # at a sample that means anything
 VALID_SHARE = 0.8  # a peer below this share of its recorded speed makes a comparison invalid
 
 METRICS = {
@@ -66,21 +64,6 @@ class Run:
         self.samples.setdefault(metric, {}).setdefault(engine.name, []).append(sample)
 
 
-def start_worker(engine: Engine, run: Run) -> Worker:
-    """A warm worker that has named the capital of France, paused."""
-    worker = Worker(engine.label, engine.command("serve", run.threads, MAX_SEQS, PREFILL_TOKENS + 1))
-    try:
-        worker.read()
-        tokens, _ = worker.generate([workload.SANITY_PROMPT], workload.SANITY_STEPS)
-        if workload.SANITY_TOKEN not in tokens[0]:
-            raise EngineError(f"{engine.label} does not know the capital of France: {tokens[0]}")
-        worker.generate(workload.prompts("warm", 8, 64), 8)
-    except BaseException:
-        worker.close()
-        raise
-    return worker
-
-
 def take(run: Run, metric: str, repetition: int, worker: Worker) -> Sample:
     """One sample of a throughput metric, in tokens per second."""
 
@@ -105,17 +88,7 @@ def take(run: Run, metric: str, repetition: int, worker: Worker) -> Sample:
         seconds, foreign = observe(passes, worker.cpu_seconds)
         return Sample(batch * (OUT_TOKENS - 1) / seconds, foreign)
 
-    best: Sample | None = None
-    for attempt in range(ATTEMPTS):
-        sample = once(f"{metric}/{repetition}/{attempt}")
-        # A whole pass faster than its prefill alone was disturbed beyond use.
-        if sample.value > 0 and (best is None or sample.foreign < best.foreign):
-            best = sample
-        if best and (best.foreign <= NOISY or attempt):
-            return best
-    if best is None:
-        raise EngineError(f"the machine is too busy to time {worker.name} ({metric}): try again when it is quiet")
-    return best
+    return calmest(lambda attempt: once(f"{metric}/{repetition}/{attempt}"), f"{worker.name} ({metric})")
 
 
 def take_life(run: Run, engine: Engine) -> tuple[Sample, Sample]:
@@ -156,7 +129,7 @@ def measure(chosen: list[Engine], metrics: list[str], run: Run, everything: bool
         if any(metric not in ONE_LIFE for metric in metrics):
             for engine in chosen:
                 log.print(f"[dim]starting {engine.label}[/]")
-                workers[engine.name] = start_worker(engine, run)
+                workers[engine.name] = engine.start(run.threads, MAX_SEQS, PREFILL_TOKENS + 1)
         for repetition in range(run.repetitions):
             turn = repetition % len(chosen)
             order = chosen[turn:] + chosen[:turn]
@@ -183,7 +156,7 @@ def ratios(metric: str, ours: list[Sample], theirs: list[Sample]) -> dict[str, f
     """How many times better ours is: median, least and most of the ratios within a repetition."""
     pairs = [(a.value, b.value) for a, b in zip(ours, theirs, strict=True)]
     values = [b / a if metric in LOWER_IS_BETTER else a / b for a, b in pairs]
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return spread(values)
 
 
 def best_peer(metric: str, cells: dict[str, list[Sample]]) -> str | None:
@@ -207,7 +180,7 @@ def summarize(run: Run, chosen: list[Engine]) -> dict[str, Any]:
         best = best_peer(metric, cells)
         entry: dict[str, Any] = {"best_peer": best, "engines": {}, "ratio": {}}
         for name, row in values.items():
-            entry["engines"][name] = {"median": statistics.median(row), "min": min(row), "max": max(row)}
+            entry["engines"][name] = spread(row)
             floor = VALID_SHARE * recorded.get(name, {}).get(metric, 0.0)
             if statistics.median(row) < floor:
                 too_slow.append(f"{name} {metric}: {statistics.median(row):.0f} is under {floor:.0f} tok/s")

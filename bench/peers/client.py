@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import tempfile
 import time
@@ -15,6 +16,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 TICK = os.sysconf("SC_CLK_TCK")
+NOISY = 0.15  # cores taken by others above which a sample is taken again, once
+ATTEMPTS = 4  # at a sample that means anything
 
 
 class EngineError(RuntimeError):
@@ -57,8 +60,8 @@ class Worker:
         """Stop every thread of the worker until it is asked again."""
         self.process.send_signal(signal.SIGSTOP)
 
-    def generate(self, prompts: list[list[int]], count: int) -> tuple[list[list[int]], float]:
-        """(tokens, seconds inside the engine); the worker checks that every prompt got ``count``."""
+    def generate(self, prompts: list[list[int]], count: int | list[int]) -> tuple[list[list[int]], float]:
+        """(tokens, seconds inside the engine); the worker checks that every prompt got its ``count``."""
         assert self.process.stdin is not None
         self.process.send_signal(signal.SIGCONT)
         try:
@@ -110,6 +113,28 @@ class Sample:
 
     value: float
     foreign: float
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def calmest(once: Callable[[int], Sample], name: str) -> Sample:
+    """The sample of ``once(attempt)``; taken once more, and the calmer one kept, if others disturbed it.
+
+    A value that is not positive was disturbed beyond use. Raises EngineError when all attempts were.
+    """
+    best: Sample | None = None
+    for attempt in range(ATTEMPTS):
+        sample = once(attempt)
+        if sample.value > 0 and (best is None or sample.foreign < best.foreign):
+            best = sample
+        if best and (best.foreign <= NOISY or attempt):
+            return best
+    if best is None:
+        raise EngineError(f"the machine is too busy to time {name}: try again when it is quiet")
+    return best
 
 
 def wait_quiet(limit: float) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peers import install
+from peers import install, workload
+from peers.client import EngineError, Worker
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,6 +48,20 @@ class Engine:
             "options": self.options,
         }
         return [str(self.python), str(HERE / self.script), mode, json.dumps(settings)]
+
+    def start(self, threads: int, max_seqs: int, context: int) -> Worker:
+        """A warm worker that has named the capital of France, paused."""
+        worker = Worker(self.label, self.command("serve", threads, max_seqs, context))
+        try:
+            worker.read()
+            tokens, _ = worker.generate([workload.SANITY_PROMPT], workload.SANITY_STEPS)
+            if workload.SANITY_TOKEN not in tokens[0]:
+                raise EngineError(f"{self.label} does not know the capital of France: {tokens[0]}")
+            worker.generate(workload.prompts("warm", 8, 64), 8)
+        except BaseException:
+            worker.close()
+            raise
+        return worker
 
     def missing(self) -> str | None:
         """The first file this engine lacks, if any."""
@@ -103,7 +118,7 @@ def engines() -> list[Engine]:
             install.python_of("openvino"),
             str(install.OPENVINO_MODEL),
             "openvino",
-            {"prefill": 2385, "decode1": 80, "decode8": 446, "decode32": 721},
+            {"prefill": 2385, "decode1": 80, "decode8": 446, "decode32": 721, "together": 575, "mixed": 377},
         ),
         Engine(
             "ort",

@@ -16,7 +16,7 @@ from typing import Any
 
 import workload
 
-Generate = Callable[[list[list[int]], int], list[list[int]]]
+Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
 """(prompts, tokens wanted of each) -> the tokens generated for each."""
 
 
@@ -48,14 +48,15 @@ def peak_rss_mb() -> float:
     raise RuntimeError("the kernel does not report VmHWM")
 
 
-def checked(generate: Generate, prompts: list[list[int]], count: int) -> tuple[list[list[int]], float]:
-    """Run one request set; (tokens, seconds). Raises unless every prompt got exactly ``count`` tokens."""
+def checked(generate: Generate, prompts: list[list[int]], count: int | list[int]) -> tuple[list[list[int]], float]:
+    """Run one request set; (tokens, seconds). Raises unless every prompt got exactly its ``count`` tokens."""
+    counts = [count] * len(prompts) if isinstance(count, int) else count
     start = time.perf_counter()
-    tokens = generate(prompts, count)
+    tokens = generate(prompts, counts)
     seconds = time.perf_counter() - start
-    lengths = {len(row) for row in tokens}
-    if len(tokens) != len(prompts) or lengths != {count}:
-        raise RuntimeError(f"asked for {count} tokens of {len(prompts)} prompts, got lengths {sorted(lengths)}")
+    lengths = [len(row) for row in tokens]
+    if lengths != counts:
+        raise RuntimeError(f"asked for {counts} tokens of {len(prompts)} prompts, got {lengths}")
     return tokens, seconds
 
 

@@ -19,7 +19,12 @@ def build(settings: Settings) -> Generate:
         context=settings.max_seqs * settings.context,
         flash="on",
     )
-    return engine.generate
+
+    def generate(prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
+        (count,) = set(counts)
+        return engine.generate(prompts, count)
+
+    return generate
 
 
 if __name__ == "__main__":

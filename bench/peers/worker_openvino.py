@@ -23,11 +23,14 @@ def build(settings: Settings) -> Generate:
         settings.model, scheduler, "CPU", {"INFERENCE_NUM_THREADS": settings.threads}
     )
 
-    def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
+    def wanting(count: int) -> genai.GenerationConfig:
         config = genai.GenerationConfig()
         config.max_new_tokens, config.ignore_eos, config.do_sample = count, True, False
+        return config
+
+    def generate(prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
         inputs = [ov.Tensor(np.array([ids], dtype=np.int64)) for ids in prompts]
-        results = pipeline.generate(inputs, [config] * len(prompts))
+        results = pipeline.generate(inputs, [wanting(count) for count in counts])
         return [[int(token) for token in result.m_generation_ids[0]] for result in results]
 
     return generate

@@ -17,7 +17,8 @@ def build(settings: Settings) -> Generate:
     config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
     model = genai.Model(config)
 
-    def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
+    def generate(prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
+        (count,) = set(counts)
         (length,) = {len(ids) for ids in prompts}  # equal lengths: padding would cost it time
         params = genai.GeneratorParams(model)
         # min_length is its way of ignoring end of text.

@@ -18,8 +18,8 @@ def build(settings: Settings) -> Generate:
         **settings.options,
     )
 
-    def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
-        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    def generate(prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
+        params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in counts]
         return [list(result.outputs[0].token_ids) for result in llm.generate(prompts, params)]
 
     return generate

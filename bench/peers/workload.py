@@ -25,3 +25,14 @@ def prompt(seed: str, length: int) -> list[int]:
 def prompts(seed: str, count: int, length: int) -> list[list[int]]:
     """``count`` distinct prompts."""
     return [prompt(f"{seed}/{i}", length) for i in range(count)]
+
+
+def mixed(count: int = 32) -> list[tuple[int, int]]:
+    """(prompt tokens, output tokens) of ``count`` requests: 16 to 512 and 16 to 256, evenly spread and shuffled."""
+    last = max(1, count - 1)
+    lengths = [16 + i * (512 - 16) // last for i in range(count)]
+    outputs = [16 + i * (256 - 16) // last for i in range(count)]
+    source = random.Random("mixed")
+    source.shuffle(lengths)
+    source.shuffle(outputs)
+    return list(zip(lengths, outputs, strict=True))

@@ -54,7 +54,7 @@ class EngineConfig:
     )
     max_open_steps: int = _option(1, "steps under way at once, 1 or 2; the cpu backend runs one")
     speculation: str | None = _option(None, "draft tokens ahead, from n-grams the request holds already", SPECULATIONS)
-    num_draft_tokens: int = _option(4, "most drafts of one request in a step")
+    num_draft_tokens: int = _option(7, "most drafts of one request in a step")
     ngram_min: int = _option(2, "shortest n-gram that is looked up")
     ngram_max: int = _option(4, "longest n-gram that is looked up")
     max_queued_requests: int | None = _option(None, "most requests that may wait (default: no bound)")

@@ -11,6 +11,8 @@ from ridgeline.core.types import SAMPLING_DTYPE, Batch, Int32, SlotStart
 from ridgeline.engine.request import Request
 from ridgeline.scheduler.plan import Chunk, StepPlan
 
+NO_ROWS = np.zeros(0, np.int32)
+
 
 class BatchBuilder:
     """Builds each step's Batch. A batch is never changed once it is built, so a step under way may go on reading it.
@@ -62,7 +64,7 @@ class BatchBuilder:
         tokens[:number] = [_next_token(cast(Request, r)) for r in decodes]
         positions[:number] = [r.num_computed - 1 for r in decodes]
         bounds = list(range(number + 1))
-        row_parts: list[Int32] = [np.arange(number, dtype=np.int32)]
+        row_parts: list[Int32] = [np.arange(number, dtype=np.int32)] if number else []
         row_slots = [r.slot for r in decodes]
         at = number
         for chunk in chunks:
@@ -70,7 +72,7 @@ class BatchBuilder:
             tokens[at : at + chunk.size] = chunk.sequence.span(chunk.start, chunk.start + chunk.size)
             tokens[at + chunk.size : stop] = chunk.drafts
             positions[at:stop] = np.arange(chunk.start, chunk.start + stop - at, dtype=np.int32)
-            row_parts.append(_rows(chunk, at))
+            row_parts += _rows(chunk, at)
             row_slots += [chunk.sequence.slot] * chunk.num_rows
             bounds.append(stop)
             at = stop
@@ -81,7 +83,7 @@ class BatchBuilder:
             slots=np.array([r.slot for r in decodes] + [c.sequence.slot for c in chunks], np.int32),
             query_starts=query_starts,
             context_lens=positions[query_starts[1:] - 1] + 1,
-            sample_rows=np.concatenate(row_parts),
+            sample_rows=row_parts[0] if len(row_parts) == 1 else np.concatenate(row_parts or [NO_ROWS]),
             sampling=self._sampling(plan, row_slots),
             block_updates=self._no_updates,
             slot_starts=starts,
@@ -122,11 +124,13 @@ def _next_token(request: Request) -> int:
     return output[index] if index < len(output) else -1
 
 
-def _rows(chunk: Chunk, at: int) -> Int32:
-    """Rows of a chunk that begins at token ``at`` of the step: those scored, then those sampled."""
-    first = at + chunk.score_from - chunk.start
-    scored = np.arange(first, first + chunk.score_to - chunk.score_from, dtype=np.int32)
-    if not chunk.samples:
-        return scored
-    last = at + chunk.size - 1
-    return np.concatenate([scored, np.arange(last, last + 1 + len(chunk.drafts), dtype=np.int32)])
+def _rows(chunk: Chunk, at: int) -> list[Int32]:
+    """Rows of a chunk that begins at token ``at`` of the step: those scored, then those sampled; none is empty."""
+    parts = []
+    if chunk.score_to > chunk.score_from:
+        first = at + chunk.score_from - chunk.start
+        parts.append(np.arange(first, first + chunk.score_to - chunk.score_from, dtype=np.int32))
+    if chunk.samples:
+        last = at + chunk.size - 1
+        parts.append(np.arange(last, last + 1 + len(chunk.drafts), dtype=np.int32))
+    return parts

@@ -41,7 +41,7 @@ class EngineLimits:
     max_open_steps: int = 1
     prefix_sharing: bool = True
     speculation: str | None = None
-    num_draft_tokens: int = 4
+    num_draft_tokens: int = 7
     ngram_min: int = 2
     ngram_max: int = 4
     max_queued_requests: int | None = None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+FIRST_DRAFTS = 3  # at first, and after a failure
+
 
 class NgramDrafter:
     """Drafts for one sequence. Each token costs a look-up for each n-gram size, however long the sequence.
 
-    It learns from its failures: after drafts of which none was right it pauses for 1, 2, 4 ... 64 tokens, and
-    drafts twice what was accepted last time. So a sequence that does not repeat itself costs next to nothing.
+    It learns from its failures: after drafts of which none was right it pauses for 1, 2, 4 ... 64 tokens and then
+    tries FIRST_DRAFTS again; after others it drafts one more than twice what was accepted. So a sequence that does
+    not repeat itself costs next to nothing.
 
     Args:
         tokens: the sequence so far.
@@ -23,7 +26,8 @@ class NgramDrafter:
         self._tokens: list[int] = []
         self._sizes = range(largest, smallest - 1, -1)
         self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in self._sizes]
-        self._most = self._width = num_drafts
+        self._most = num_drafts
+        self._width = min(FIRST_DRAFTS, num_drafts)
         self._pause = self._wait = 0
         for token in tokens:
             self.push(token)
@@ -72,4 +76,4 @@ class NgramDrafter:
         elif proposed:
             self._pause = min(64, 2 * self._pause or 1)
             self._wait = self._pause
-            self._width = max(1, self._width // 2)
+            self._width = min(FIRST_DRAFTS, self._most)
