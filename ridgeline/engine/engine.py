@@ -97,6 +97,11 @@ class Engine:
         return sum(pool.num_cached for pool in self._cache.pools)
 
     @property
+    def num_held_blocks(self) -> int:
+        """Blocks that somebody holds; over all groups. None when the engine is idle."""
+        return sum(pool.num_blocks - pool.num_available for pool in self._cache.pools)
+
+    @property
     def served(self) -> list[Request]:
         """Of whom the step finished last has computed something: nobody else has a new token, or has ended by it."""
         plan = self._finished
