@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 # Public names and where they live: loaded on first use, so that `import ridgeline` stays light.
 _EXPORTS = {
     "LLM": "ridgeline.api.llm",
+    "AsyncLLM": "ridgeline.api.async_llm",
     "CompletionOutput": "ridgeline.api.outputs",
     "RequestOutput": "ridgeline.api.outputs",
     "StreamDelta": "ridgeline.api.outputs",
@@ -18,6 +19,9 @@ _EXPORTS = {
     "ModelFileError": "ridgeline.core.errors",
     "UnsupportedError": "ridgeline.core.errors",
     "RequestError": "ridgeline.core.errors",
+    "QueueFullError": "ridgeline.core.errors",
+    "EngineDeadError": "ridgeline.core.errors",
+    "SlowReaderError": "ridgeline.core.errors",
     "ConfigError": "ridgeline.core.errors",
 }
 

@@ -59,11 +59,16 @@ class EmbeddingOutput:
 
 @dataclass(frozen=True)
 class StreamDelta:
-    """What one step added: text certain to stay, and the tokens behind it. ``str()`` of it is the text."""
+    """What is new: text certain to stay, and the tokens behind it. ``str()`` of it is the text.
+
+    ``logprobs``, if asked for, are those of the tokens, as in ``CompletionOutput``; ``finish_reason`` comes with the
+    last piece.
+    """
 
     text: str
     token_ids: Sequence[int]
     finish_reason: str | None
+    logprobs: list[dict[int, Logprob]] | None = None
 
     def __str__(self) -> str:
         return self.text

@@ -25,3 +25,11 @@ class QueueFullError(RequestError):
 
 class ConfigError(RidgelineError, ValueError):
     """An engine option with a value that cannot work."""
+
+
+class EngineDeadError(RidgelineError):
+    """An engine that has failed or was closed while it ran this request; it serves none any more."""
+
+
+class SlowReaderError(RidgelineError):
+    """A stream that was dropped because its reader left too much of it unread."""

@@ -32,7 +32,7 @@ def _microseconds() -> int:
 
 
 class Engine:
-    """Runs requests on an executor. Not for use from several threads at once.
+    """Runs requests on an executor. Not for use from several threads at once, except that any may make requests.
 
     Args:
         executor: runs the steps; its slots and blocks are as many as ``limits`` says.
@@ -74,6 +74,7 @@ class Engine:
         self._open: deque[tuple[Ticket, StepPlan]] = deque()
         self._sampled: Int32 | None = None  # token ids of the step finished last
         self._finished_us = 0
+        self._finished: StepPlan | None = None  # the step finished last
 
     @property
     def has_work(self) -> bool:
@@ -94,6 +95,17 @@ class Engine:
     def num_cached_blocks(self) -> int:
         """Blocks that nobody holds, kept for whoever brings the same prefix; over all groups."""
         return sum(pool.num_cached for pool in self._cache.pools)
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Blocks that somebody holds; over all groups. None when the engine is idle."""
+        return sum(pool.num_blocks - pool.num_available for pool in self._cache.pools)
+
+    @property
+    def served(self) -> list[Request]:
+        """Of whom the step finished last has computed something: nobody else has a new token, or has ended by it."""
+        plan = self._finished
+        return [] if plan is None else cast(list[Request], [*plan.decodes, *(c.sequence for c in plan.chunks)])
 
     def stats(self) -> Stats:
         """Counters since the start; they go on counting in the object returned."""
@@ -208,6 +220,7 @@ class Engine:
         self._finished_us = now
         self._sampled = output.token_ids
         tokens: list[int] = output.token_ids.tolist()
+        self._finished = plan
         self._accept_decodes(plan, tokens, output)
         row, pooled = len(plan.decodes), 0
         for chunk in plan.chunks:
@@ -321,7 +334,7 @@ class Engine:
             request.table, request.slot = None, -1
         scheduler.reset()
         self._builder.forget_slots()
-        self._sampled = None
+        self._sampled = self._finished = None
 
     def check(self) -> None:
         """Raise AssertionError unless every invariant of the scheduler and the cache holds."""

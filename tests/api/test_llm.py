@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,52 +10,17 @@ import pytest
 import ridgeline
 from ridgeline import LLM, ConfigError, EngineConfig, RequestError, RidgelineError, SamplingParams
 from ridgeline.core.config import parse_bytes
-from ridgeline.engine.engine import Engine, EngineLimits
+from tests.api.sim_runtime import EOS, LIMITS, expected, sim_runtime
 from tests.sim.model import logprob, state_row
-from tests.sim.small import SimExecutor, hidden_states, solo
-
-LIMITS = EngineLimits(4, 16, 64, 128, 4, [64])
-EOS = frozenset({3})
-
-
-class AsciiTokenizer:
-    """A token is an ASCII code; those below 32 are control tokens."""
-
-    eos_ids = EOS
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("ascii"))
-
-    def decode(self, ids: Iterable[int], skip_special: bool = True, *, continuation: bool = False) -> str:
-        return "".join(chr(i) for i in ids if i >= 32 or not skip_special)
-
-    def push(self, token_id: int) -> str:
-        return self.decode([token_id])
-
-    def finish(self) -> str:
-        return ""
-
-
-class Template:
-    def encode(
-        self, messages: list[dict[str, str]], tokenizer: AsciiTokenizer, add_generation_prompt: bool
-    ) -> list[int]:
-        return tokenizer.encode("".join(m["content"] for m in messages)) + [2] * add_generation_prompt
+from tests.sim.small import hidden_states, solo
 
 
 @pytest.fixture
 def llm(monkeypatch: pytest.MonkeyPatch) -> LLM:
     """An LLM whose runtime is the simulated executor and the ASCII tokenizer."""
-    tokenizer = AsciiTokenizer()
-    engine = Engine(SimExecutor(LIMITS), LIMITS, eos_ids=EOS, detokenizer=lambda: tokenizer, seed=0)
-    runtime: Any = SimpleNamespace(engine=engine, tokenizer=tokenizer, chat_template=Template)
+    runtime = sim_runtime()
     monkeypatch.setattr("ridgeline.api.llm.load_runtime", lambda config: runtime)
     return LLM("any")
-
-
-def expected(prompt: str | list[int], params: SamplingParams) -> tuple[list[int], str]:
-    ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
-    return solo(ids, params, LIMITS.vocab_size, LIMITS.max_len, EOS)
 
 
 SEEDED = SamplingParams(seed=11, max_tokens=9)
