@@ -348,7 +348,7 @@ def test_pool_and_context_sizes() -> None:
     with pytest.raises(ConfigError, match="gives 0 blocks"):
         EngineConfig(kv_cache_bytes="1KiB").pool_blocks(8192, 2**18)
     assert EngineConfig().sampled_rows() == 64
-    assert EngineConfig(speculation="ngram").sampled_rows() == 160
+    assert EngineConfig(speculation="ngram").sampled_rows() == 256
     assert EngineConfig(max_num_seqs=1, max_num_batched_tokens=8).sampled_rows() == 8
     with pytest.raises(ConfigError, match="context is 512"):
         EngineConfig(max_model_len=513).model_len(512)
