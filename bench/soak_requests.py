@@ -23,7 +23,9 @@ from contextlib import aclosing, suppress
 
 from ridgeline import AsyncLLM, SamplingParams
 
-WORDS = "the sea a river stone light winter bird that runs under old bridge and sings of bread iron seven letters".split()
+WORDS = (
+    "the sea a river stone light winter bird that runs under old bridge and sings of bread iron seven letters".split()
+)
 MILESTONE = 1000
 ABORTED, GROWTH = 0.2, 0.01
 
