@@ -88,6 +88,9 @@ def survive(mutant: Mutant, seeds: Sequence[int]) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, SEED_SECONDS)
+    for name in list(sys.modules):  # whatever has been imported already would hide the mutant
+        if name.startswith(("ridgeline.engine", "ridgeline.kvcache", "ridgeline.scheduler", "tests.sim.")):
+            del sys.modules[name]
     sys.meta_path.insert(0, Replacement(mutant.module, mutant.source))
     try:
         from tests.sim.effort import RECORDED, SEEDS, Effort
