@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import weakref
 from collections.abc import AsyncGenerator, Hashable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -153,6 +155,10 @@ class AsyncLLM:
         """
         job = self._jobs.get(request_id)
         return job is not None and await asyncio.wrap_future(self._service.abort(job))
+
+    async def dump_flight_record(self, path: str | os.PathLike[str]) -> Path:
+        """Write the engine's last steps to ``path``, between two steps; see LLM.dump_flight_record."""
+        return await asyncio.wrap_future(self._service.call(lambda engine: engine.dump_flight_record(path)))
 
     async def _deltas(
         self, frontend: Frontend, request: Request, request_id: str | None

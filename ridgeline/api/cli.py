@@ -21,7 +21,7 @@ def main() -> NoReturn:
     except BrokenPipeError:  # whoever read our output has gone
         _leave(FAILURE)
     except RidgelineError as error:
-        code = _complain(str(error), USAGE if isinstance(error, ConfigError) else FAILURE)
+        code = _complain(_with_notes(error), USAGE if isinstance(error, ConfigError) else FAILURE)
     except (OSError, UnicodeError, MemoryError, OverflowError) as error:  # the machine's, not a bug's: no traceback
         code = _complain(str(error) or type(error).__name__, FAILURE)
     if code == INTERRUPTED:  # a terminal shows ^C in the middle of the text
@@ -34,6 +34,11 @@ def main() -> NoReturn:
 def _complain(message: str, code: int) -> int:
     print("error:", " ".join(message.split()), file=sys.stderr)
     return code
+
+
+def _with_notes(error: BaseException) -> str:
+    """An error's message with what was added to it on its way, such as where its flight record is."""
+    return "; ".join([str(error), *getattr(error, "__notes__", [])])
 
 
 def _leave(code: int) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The commands: run, chat and bench. What loads a model is imported by the command that does."""
+"""The commands: run, chat, bench and replay. What loads a model is imported by the command that does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ridgeline.api.flags import with_flags
+from ridgeline.core.config import ISAS
 from ridgeline.core.errors import ConfigError, RequestError
 from ridgeline.core.types import SamplingParams
 
@@ -110,6 +111,25 @@ def bench(
         print(as_json(report))
 
 
+def replay(
+    file: Annotated[str, typer.Argument(help="a flight record")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="alias or path of the model (default: as recorded)")
+    ] = None,
+    isa: Annotated[
+        str | None, typer.Option("--isa", help=f"another instruction set than recorded ({', '.join(ISAS)})")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads (default: as recorded)")] = None,
+) -> None:
+    """Run a flight record again and compare every bit; exit code 0: all the same, 1: not."""
+    from ridgeline.api.replay import replay_file
+
+    text, identical = replay_file(file, model, isa, threads)
+    print(text)
+    if not identical:
+        raise typer.Exit(1)
+
+
 def _load(model: str, engine: dict[str, Any]) -> LLM:
     from ridgeline.api.llm import LLM
 
@@ -153,6 +173,7 @@ def make_command() -> Callable[..., Any]:
     app.command("run")(with_flags(run, sampling=True))
     app.command("chat")(with_flags(chat, sampling=True))
     app.command("bench")(with_flags(bench, sampling=False))
+    app.command("replay")(replay)
     app.callback(invoke_without_command=True)(_no_command)
     return typer.main.get_command(app)
 
@@ -166,4 +187,4 @@ def _no_command(
         print(f"ridgeline {__version__}")
         raise typer.Exit()
     if context.invoked_subcommand is None:
-        raise ConfigError("no command given: run, chat or bench (ridgeline --help tells more)")
+        raise ConfigError("no command given: run, chat, bench or replay (ridgeline --help tells more)")

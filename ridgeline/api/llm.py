@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -133,6 +135,14 @@ class LLM:
         requests = frontend.pooled(inputs, pooling)
         self._serve(requests)
         return frontend.embeddings(inputs, requests)
+
+    def dump_flight_record(self, path: str | os.PathLike[str]) -> Path:
+        """Write the engine's last steps to ``path``; ``ridgeline replay`` runs them again and compares every bit.
+
+        After an exception out of a step these are the steps up to it. The file holds the tokens of prompts.
+        Raises ConfigError with flight_record_steps=0, RidgelineError when no step has run, OSError.
+        """
+        return self.runtime.engine.dump_flight_record(path)
 
     def close(self) -> None:
         """Let the model's memory and threads go; the LLM cannot be used after."""

@@ -19,6 +19,7 @@ _DEFAULT_POOL_TOKENS = 2048  # per sequence, when the pool's size is left to us
 _DEFAULT_ROWS = 64  # so that prompt logprobs and pooling go on in chunks of some size
 _MOST = 2**31 - 1  # what an int32 holds: the native parts count in those
 _MOST_THREADS = 1024
+_MOST_RECORDED_STEPS = 2**16
 _KV_CHUNK = 256  # attention's partial results cover this many tokens; a block must divide it
 
 
@@ -64,6 +65,13 @@ class EngineConfig:
     step_target_us: int | None = _option(
         None, "microseconds that a step should take while requests decode; long prompts are cut finer to meet it"
     )
+    flight_record_steps: int = _option(
+        64, "steps kept for a flight record, which ridgeline replay runs again; 0: none"
+    )
+    flight_record_dir: str | None = _option(
+        None, "where a flight record is written when the engine fails (default: nowhere); it holds the prompts' tokens"
+    )
+    flight_record_logits: bool = _option(False, "keep a hash of each row's logits in the flight record; takes time")
     seed: int | None = _option(None, "draws the seeds of requests that bring none (default: from the system)")
 
     def __init__(self, **values: Any) -> None:
@@ -87,6 +95,7 @@ class EngineConfig:
         ):
             self._need_int(name, 1, _MOST)
         self._need_int("max_preemptions", 1, _MOST)
+        self._need_int("flight_record_steps", 0, _MOST_RECORDED_STEPS)
         self._need_int("max_open_steps", 1, 2)
         for name, least, most in (
             ("max_sampled_rows", 1, _MOST),
@@ -116,10 +125,25 @@ class EngineConfig:
             )
 
         self._check_scheduling()
+        self._check_recording()
+
+    def _check_recording(self) -> None:
+        directory = self.flight_record_dir
+        if directory is not None:
+            if not isinstance(directory, (str, os.PathLike)) or not os.fspath(directory):
+                raise ConfigError(f"flight_record_dir must be a path, got {directory!r}")
+            object.__setattr__(self, "flight_record_dir", os.fspath(directory))
+        for name, given in (
+            ("flight_record_dir", directory is not None),
+            ("flight_record_logits", self.flight_record_logits),
+        ):
+            if given and not self.flight_record_steps:
+                raise ConfigError(f"{name} needs recorded steps: set flight_record_steps above 0")
 
     def _check_scheduling(self) -> None:
-        if not isinstance(self.prefix_sharing, bool):
-            raise ConfigError(f"prefix_sharing must be True or False, got {self.prefix_sharing!r}")
+        for name in ("prefix_sharing", "flight_record_logits"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.ngram_min > self.ngram_max:
             raise ConfigError(f"ngram_min ({self.ngram_min}) must be at most ngram_max ({self.ngram_max})")
         if self.max_open_steps > 1 and self.backend == "cpu":

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import cast
 
-from ridgeline.core.errors import QueueFullError, RequestError, RidgelineError
+from ridgeline.core.errors import ConfigError, QueueFullError, RequestError, RidgelineError
 from ridgeline.core.types import Executor, Int32, SamplingParams, StepOutput, Ticket
 from ridgeline.engine.batching import BatchBuilder
 from ridgeline.engine.intake import Intake, WordEncoder
 from ridgeline.engine.limits import EngineLimits
+from ridgeline.engine.recorder import FlightRecorder
 from ridgeline.engine.request import Request
 from ridgeline.engine.text import Detokenizer
 from ridgeline.kvcache.cache import CacheGroup, KVCache
@@ -42,6 +45,7 @@ class Engine:
         encode_word: encodes the bad words of a request; without it they must be token ids.
         seed: draws the seeds of requests that bring none; None takes them from the system.
         clock: microseconds, for the step latency target; any that may jump.
+        recorder: keeps the last steps; None: they are not kept.
     """
 
     def __init__(
@@ -54,10 +58,12 @@ class Engine:
         encode_word: WordEncoder | None = None,
         seed: int | None = None,
         clock: Callable[[], int] | None = None,
+        recorder: FlightRecorder | None = None,
     ) -> None:
         self.limits = limits
         self._executor = executor
         self._clock = clock or _microseconds
+        self._recorder = recorder
         windows = limits.windows or [0] * len(limits.num_blocks)
         groups = [CacheGroup(n, w) for n, w in zip(limits.num_blocks, windows, strict=True)]
         self._cache = KVCache(groups, limits.block_size, sharing=limits.prefix_sharing)
@@ -197,24 +203,49 @@ class Engine:
         """Launch the next step and, when as many are under way as may be, take the results of the oldest.
 
         Every decoding request gains a token, prompts advance as far as the budget allows. When anything goes wrong,
-        Ctrl-C included, all requests are dropped and the engine is idle and usable.
+        Ctrl-C included, all requests are dropped and the engine is idle and usable. A note on the exception says
+        where the flight record is, or how to get one.
         """
         try:
             plan = self._scheduler.schedule(self._clock())
             if plan.num_tokens:
-                batch = self._builder.build(plan, None if self._open else self._sampled)
-                self._open.append((self._executor.launch(batch), plan))
+                self._launch(plan)
             if self._open and (not plan.num_tokens or len(self._open) >= self.limits.max_open_steps):
                 self._finish_oldest()
             elif not plan.num_tokens and self._scheduler.has_work:
                 raise RidgelineError("no request can go on: this is a bug in the scheduler, please report it")
-        except BaseException:
+        except BaseException as error:
             self._drop_all()
+            if self._recorder is not None and (note := self._recorder.failed(error)):
+                error.add_note(note)
             raise
+
+    def dump_flight_record(self, path: str | os.PathLike[str]) -> Path:
+        """Write the last steps (after a failure, those before it) to ``path``, for ``ridgeline replay``.
+
+        Raises ConfigError when steps are not recorded, RidgelineError when none has run, OSError.
+        """
+        if self._recorder is None:
+            raise ConfigError("steps are not recorded: set flight_record_steps to how many are wanted")
+        return self._recorder.write(path)
+
+    def _launch(self, plan: StepPlan) -> None:
+        batch = self._builder.build(plan, None if self._open else self._sampled)
+        recorder = self._recorder
+        if recorder is not None:
+            recorder.launching(plan, batch)
+        self._open.append((self._executor.launch(batch), plan))
+        if recorder is not None:
+            recorder.launched()
 
     def _finish_oldest(self) -> None:
         ticket, plan = self._open.popleft()
+        recorder = self._recorder
+        if recorder is not None:
+            recorder.finishing(plan)
         output = self._executor.finish(ticket)
+        if recorder is not None:
+            recorder.finished(plan, output)
         now = self._clock()
         self._scheduler.finish_step(plan, now - max(plan.time_us, self._finished_us))
         self._finished_us = now

@@ -14,7 +14,9 @@ from ridgeline.core.config import EngineConfig
 from ridgeline.core.errors import ConfigError, ModelFileError, UnsupportedError
 from ridgeline.core.types import Executor
 from ridgeline.engine.engine import Engine, EngineLimits
+from ridgeline.engine.identity import environment
 from ridgeline.engine.ledger import Ledger, make_ledger
+from ridgeline.engine.recorder import FlightRecorder
 from ridgeline.engine.text import Detokenizer
 from ridgeline.graph.plan import Plan, compile
 from ridgeline.graph.target import cpu_target, naive_target
@@ -85,7 +87,7 @@ def _load(config: EngineConfig) -> Runtime:
     num_blocks = config.pool_blocks(model.config.context_length, _block_bytes(config, model))
     if num_blocks * config.block_size < 2:
         raise ConfigError("num_kv_blocks must hold at least 2 tokens: raise it or block_size")
-    packing = _Background(lambda: _make_executor(config, model, max_len, num_blocks))
+    packing = _Background(lambda: make_executor(config, model, max_len, num_blocks))
     with _naming(model.file.path):
         tokenizer, detokenizer = _make_tokenizer(model)
         plan, executor = packing.result()
@@ -106,9 +108,24 @@ def _load(config: EngineConfig) -> Runtime:
         detokenizer=detokenizer,
         encode_word=tokenizer.encode_plain,
         seed=config.seed,
+        recorder=_make_recorder(config, model, executor, limits),
     )
     ledger = make_ledger(plan, executor, limits, config.backend)
     return Runtime(config, model, plan, executor, tokenizer, engine, time.perf_counter() - start, ledger)
+
+
+def _make_recorder(
+    config: EngineConfig, model: Model, executor: Executor, limits: EngineLimits
+) -> FlightRecorder | None:
+    if not config.flight_record_steps:
+        return None
+    return FlightRecorder(
+        config.flight_record_steps,
+        limits,
+        describe=lambda: environment(config, _kv_dtype(config), model.file.path, executor),
+        directory=config.flight_record_dir,
+        logits=(lambda: executor.last_logits) if config.flight_record_logits else None,  # type: ignore[attr-defined]
+    )
 
 
 def _kv_dtype(config: EngineConfig) -> str:
@@ -140,13 +157,21 @@ def _make_tokenizer(model: Model) -> tuple[Tokenizer, Callable[[], Detokenizer]]
     return tokenizer, lambda: Plain(tokenizer)
 
 
-def _make_executor(config: EngineConfig, model: Model, max_len: int, num_blocks: int) -> tuple[Plan, Executor]:
-    """The plan of ``model`` and the backend that runs it, its weights packed."""
+def make_executor(
+    config: EngineConfig, model: Model, max_len: int, num_blocks: int, spare_slots: int = 0
+) -> tuple[Plan, Executor]:
+    """The plan of ``model`` and the backend that runs it, its weights packed.
+
+    Args:
+        max_len: tokens of the longest sequence.
+        num_blocks: blocks of each cache group.
+        spare_slots: slots beyond the config's max_num_seqs.
+    """
     kv_dtype = _kv_dtype(config)
     graph = model.graph(config.max_num_batched_tokens, config.sampled_rows(), kv_dtype, config.block_size)
     plan = compile(graph, naive_target(kv_dtype) if config.backend == "reference" else cpu_target(kv_dtype))
     sizes: dict[str, Any] = {
-        "num_slots": config.max_num_seqs,
+        "num_slots": config.max_num_seqs + spare_slots,
         "num_blocks": [num_blocks] * len(plan.caches),
         "max_blocks_per_slot": -(-max_len // config.block_size),
         "threads": config.threads,

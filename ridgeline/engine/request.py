@@ -132,12 +132,15 @@ class Request(Sequence):
         self.error = message
         self.end("error")
 
-    def slot_start(self, num_cached: int) -> SlotStart | None:
-        """What the sampler must know of its slot when its first ``num_cached`` tokens are in the cache."""
+    def slot_start(self, num_cached: int, slot: int | None = None) -> SlotStart | None:
+        """What the sampler must know of its slot when its first ``num_cached`` tokens are in the cache.
+
+        ``slot``: another than it holds now.
+        """
         if self.start is None:
             return None
         values: dict[str, Any] = vars(self.start) | {
-            "slot": self.slot,
+            "slot": self.slot if slot is None else slot,
             "prompt_len": len(self.prompt),
             "tokens": np.array(self.span(0, num_cached), np.int32),
         }

@@ -188,7 +188,8 @@ class EngineService:
                 self._post()
             self._die("the engine was closed: make a new one", None)
         except BaseException as error:  # whatever it is, callers must not wait for ever
-            self._die(f"the engine has failed ({type(error).__name__}: {error}): make a new one", error)
+            notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+            self._die(f"the engine has failed ({type(error).__name__}: {error}{notes}): make a new one", error)
 
     def _take_commands(self) -> None:
         """Run what is in the inbox; wait for something to be if the engine has nothing to do."""
