@@ -44,7 +44,7 @@ def written(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """Records of a busy engine, one every few steps: forks, prefix hits, speculation, penalties, preemption."""
     folder = tmp_path_factory.mktemp("flight")
     paths = []
-    with LLM(str(smollm2_path), num_kv_blocks=18, **OPTIONS) as llm:
+    with LLM(str(smollm2_path), num_kv_blocks=16, **OPTIONS) as llm:
         engine = llm.runtime.engine
         groups = [engine.make_requests(llm.runtime.tokenizer.encode(p), s) for p, s in zip(PROMPTS, PARAMS, strict=True)]
         engine.submit([r for group in groups for r in group])

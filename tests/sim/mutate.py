@@ -101,8 +101,8 @@ def survive(mutant: Mutant, seeds: Sequence[int]) -> int:
         for seed in seeds:
             signal.setitimer(signal.ITIMER_PROF, SEED_SECONDS)
             total.add(run(draw(seed)))
-        if len(seeds) == SEEDS and total.excess(RECORDED):
-            return 1
+            if seed == SEEDS - 1 and seeds[0] == 0 and total.excess(RECORDED):
+                return 1
     except BaseException:
         return 1
     return 0
