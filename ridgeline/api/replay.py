@@ -32,7 +32,8 @@ def render(record: FlightRecord, report: ReplayReport, notes: list[str], seconds
         f"model    {name}",
         f"steps    {steps[0].number} to {steps[-1].number}: {report.steps} run again with {report.tokens} tokens, "
         f"{report.compared} compared, in {seconds:.1f} s",
-        f"requests {report.live} ran already ({report.rebuilt_tokens} tokens of cache rebuilt), {report.started} started",
+        f"requests {report.live} ran already ({report.rebuilt_tokens} tokens of cache rebuilt), "
+        f"{report.started} started",
     ]
     lines += [f"note     {note}" for note in notes]
     if record.failure is not None:

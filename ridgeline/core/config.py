@@ -65,9 +65,7 @@ class EngineConfig:
     step_target_us: int | None = _option(
         None, "microseconds that a step should take while requests decode; long prompts are cut finer to meet it"
     )
-    flight_record_steps: int = _option(
-        64, "steps kept for a flight record, which ridgeline replay runs again; 0: none"
-    )
+    flight_record_steps: int = _option(64, "steps kept for a flight record, which ridgeline replay runs again; 0: none")
     flight_record_dir: str | None = _option(
         None, "where a flight record is written when the engine fails (default: nowhere); it holds the prompts' tokens"
     )

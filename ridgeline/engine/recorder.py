@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from ridgeline.core.errors import RidgelineError
-from ridgeline.core.types import Batch, Float32, Int32, SlotStart, StepOutput
+from ridgeline.core.types import Batch, Float32, Int32, StepOutput
 from ridgeline.engine.limits import EngineLimits
 from ridgeline.engine.request import Request
 from ridgeline.scheduler.plan import StepPlan
@@ -30,7 +30,7 @@ HASH_BYTES = 16
 
 
 class RecordedStep:
-    """A step in the ring. ``stage`` is "launch", "open", "finish" or "done"; ``logits`` are hashes, one for each row."""
+    """A step in the ring. ``stage`` is "launch", "open", "finish" or "done"; ``logits`` are hashes, one a row."""
 
     __slots__ = ("plan", "batch", "output", "logits", "hidden", "stage")
 
@@ -138,7 +138,10 @@ class FlightRecorder:
 
     def _find(self, plan: StepPlan) -> RecordedStep:
         """The step of ``plan``, which is one of the newest."""
-        return next(step for step in reversed(self._steps) if step.plan is plan)
+        for step in reversed(self._steps):
+            if step.plan is plan:
+                return step
+        raise AssertionError(f"step {plan.number} ends and was never launched")
 
     def _leave(self, step: RecordedStep) -> None:
         for table, updates in zip(self._tables, step.batch.block_updates, strict=True):
@@ -211,7 +214,7 @@ class FlightRecorder:
             num_prompt_tokens=len(request.prompt),
             blocks=[as_bytes(table[slot, :blocks]) for table in self._tables],
             sampling=request.row.tobytes(),
-            start=None if start is None else record_slot_start(cast(SlotStart, start)),
+            start=None if start is None else record_slot_start(start),
         )
 
 
@@ -230,9 +233,7 @@ def _step(step: RecordedStep, token_ids: Int32) -> StepRecord:
     batch = step.batch
     first = dict(zip(batch.slots.tolist(), batch.positions[batch.query_starts[:-1]].tolist(), strict=True))
     slots = {id(r): slot for r, slot in zip(step.owners(), batch.slots.tolist(), strict=True)}
-    started = [
-        Started(slots[id(r)], r.span_bytes(0, first[slots[id(r)]])) for r in step.plan.started if id(r) in slots
-    ]
+    started = [Started(slots[id(r)], r.span_bytes(0, first[slots[id(r)]])) for r in step.plan.started if id(r) in slots]
     return StepRecord(
         number=step.plan.number,
         token_ids=as_bytes(token_ids),
@@ -273,4 +274,4 @@ def row_hashes(logits: Float32) -> list[bytes]:
 
 def digest(values: Float32) -> bytes:
     """A hash of an array's bits."""
-    return hashlib.blake2b(np.ascontiguousarray(values, "<f4"), digest_size=HASH_BYTES).digest()
+    return hashlib.blake2b(np.ascontiguousarray(values, "<f4").tobytes(), digest_size=HASH_BYTES).digest()
