@@ -43,7 +43,7 @@ def test_the_seeds_cost_no_more_work_than_before() -> None:
 def test_classic_faults_are_noticed(capsys: pytest.CaptureFixture[str]) -> None:
     faults = classic()
     assert len(faults) >= 10
-    alive = survivors(faults, range(SEEDS // 2), jobs=len(os.sched_getaffinity(0)))
+    alive = survivors(faults, range(SEEDS), jobs=len(os.sched_getaffinity(0)))
     report(faults, alive, faults)
     assert not alive, capsys.readouterr().out
 
