@@ -151,6 +151,7 @@ inline F32 scale_by_power(F32 x, F32 n) {
 }
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
 inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p); }
+inline __attribute__((always_inline)) void prefetch_far(const void* p) { __builtin_prefetch(p); }
 
 inline uint32_t lane_bits(I32 chosen) {  // -1 or 0 a lane
   uint32_t b = 0;

@@ -93,7 +93,7 @@ inline __attribute__((always_inline)) void group_turn(F32 (&acc)[R], const TileB
 }
 
 // out[r][0..32) = the chain of minima of eight rows from `row` on by both column tiles of a panel; rows past a block's
-// last give numbers nobody reads. Apart from the tiles, which would take half of the vector units away.
+// last give numbers nobody reads. Apart from the tiles, whose loop has no registers for it.
 inline void minima_columns(const TileBlock& b, int row, const uint8_t* minima, int groups, size_t record_stride,
                            float* out, int stride) {
   constexpr int kRowsAtOnce = 8;
@@ -118,10 +118,9 @@ RL_UNROLL
 }
 
 // out[r][0..16) of R rows (`stride` floats apart) by one column tile, plus what is there for formats with a minimum.
-// `record` points at the first group's scales of
-// these columns. The sums of a group pass through memory, the only way out of a tile: they are started three groups
-// and stored one group before they are scaled. (While tile instructions are in
-// flight, one 512-bit vector operation starts in a cycle instead of two: the three of each row are what takes time.)
+// `record` points at the first group's scales of these columns. The sums of a group pass through memory, the only way
+// out of a tile: they are started three groups and stored one group before they are scaled. (A tile's store takes 15
+// cycles beside which little else starts; the three vector operations of each row come on top.)
 template <Format kFormat, int R>
 __attribute__((noinline)) void tile_columns(const TileBlock& b, const uint8_t* tile, const uint8_t* record, int groups,
                                             float* out, int stride, const Fetch& fetch) {

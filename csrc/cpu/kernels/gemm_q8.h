@@ -84,7 +84,13 @@ RL_UNROLL
     }
     if (ahead) {
 RL_UNROLL
-      for (int line = 0; line < kRecord; line += 64) prefetch(record + ahead + line);
+      for (int line = 0; line < kRecord; line += 64) {
+        if constexpr (R <= 2) {
+          prefetch_far(record + ahead + line);
+        } else {
+          prefetch(record + ahead + line);
+        }
+      }
     }
     if (elsewhere) {
 RL_UNROLL
