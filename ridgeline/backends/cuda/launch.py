@@ -1,0 +1,55 @@
+"""What a GPU kernel call is, before anything runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ARCHS = ("sm_80", "sm_90")
+"""What kernels are written for: Ampere (A100) and Hopper (H100)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to compile a kernel.
+
+    Attributes:
+        meta: constexpr parameters by name.
+        num_warps, num_stages: as Triton takes them.
+    """
+
+    meta: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of one Triton kernel.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        grid: programs along each axis, one to three.
+        args: run-time arguments by name: tensors, tensor descriptors, ints, floats.
+        config: how it is compiled.
+        writes: names of tensors of which every element is written and none is read before that.
+        updates: names of tensors that are read and written in place, in part or whole: caches, counters.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: Mapping[str, Any]
+    config: Config
+    writes: tuple[str, ...]
+    updates: tuple[str, ...] = field(default=())
+
+
+def cdiv(a: int, b: int) -> int:
+    """The least integer not under a / b."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two not under n; 1 for n < 1."""
+    return 1 << max(0, n - 1).bit_length()
