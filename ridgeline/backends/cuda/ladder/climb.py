@@ -1,0 +1,54 @@
+"""What climbs the ladder: launches over real tensors with the answer, and launches over shapes for a card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ridgeline.backends.cuda.launch import Launch
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One output of a case.
+
+    Attributes:
+        tensor: the torch tensor that the launches write.
+        truth: float64, not rounded to the tensor's dtype, of the tensor's shape.
+        plain: float32 arithmetic that rounds where the operator's declaration says, not rounded to the dtype either.
+            What it loses against ``truth`` is what the kernel may lose, twice over.
+        exact: the tensor must equal ``truth`` bit for bit (moved data, integers).
+    """
+
+    tensor: Any
+    truth: npt.NDArray[np.float64]
+    plain: npt.NDArray[np.float32]
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Climb:
+    """One case of one operator for one architecture: what to run, in order, and what must come out."""
+
+    launches: list[Launch]
+    expected: tuple[Expected, ...]
+
+
+@dataclass(frozen=True)
+class CardShape:
+    """One shape of a kernel that its card reports.
+
+    Attributes:
+        name: "M=1", "M=64", ...
+        launches: over tensors on torch's meta device: nothing is allocated.
+        operations: multiplies and adds that the operator needs.
+        bytes_moved: bytes that must be read and written at least once.
+    """
+
+    name: str
+    launches: list[Launch]
+    operations: float
+    bytes_moved: float
