@@ -18,7 +18,7 @@ import numpy.typing as npt
 os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated, and when Triton's own library is
 
 import triton.language as tl
-from triton.runtime import interpreter
+from triton.runtime import interpreter as interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from ridgeline.backends.cuda.ladder.memory import Guard, KernelFault, Region
@@ -43,7 +43,8 @@ def decode(data: Array, dtype: Any) -> Array:
     stored = _STORED.get(dtype)
     if stored is None or data.dtype == np.bool_:
         return data
-    return np.ascontiguousarray(data).view(stored).astype(np.float32).reshape(data.shape)
+    numbers: Array = np.ascontiguousarray(data).view(stored).astype(np.float32).reshape(data.shape)
+    return numbers
 
 
 def encode(x: Array, dtype: Any, toward_zero: bool = False) -> Array:
@@ -97,7 +98,8 @@ def tree(x: Array, axis: int, combine: Callable[[Array, Array], Array]) -> Array
     while len(x) > 1:
         odd = x[-1:] if len(x) % 2 else x[:0]
         x = np.concatenate([combine(x[0 : len(x) - len(odd) : 2], x[1::2]), odd])
-    return x[0]
+    whole: Array = x[0]
+    return whole
 
 
 def _origin(*handles: TensorHandle) -> Region | None:

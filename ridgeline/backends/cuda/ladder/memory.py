@@ -86,7 +86,8 @@ class Region:
             if stride:
                 inside &= rest // stride < size
                 rest = rest % stride
-        return inside & (rest == 0)
+        result: npt.NDArray[np.bool_] = inside & (rest == 0)
+        return result
 
     def missing(self) -> int:
         """Elements never written."""
