@@ -22,6 +22,7 @@ FUNCTIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 def gated_kernel(
     gate, up, out, gate_stride, up_stride, out_stride, N: tl.constexpr, FUNCTION: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """BLOCK columns of a row."""
     r = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = c < N

@@ -17,6 +17,7 @@ CONFIGS: dict[str, Config] = {
 
 @triton.jit
 def gather_kernel(table, index, out, table_stride, out_stride, N: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK columns of a row."""
     r = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(index + r).to(tl.int64)

@@ -57,6 +57,7 @@ def norm_kernel(
     HAS_BIAS: tl.constexpr,
     QUANTIZE: tl.constexpr,
 ):
+    """ROWS rows of N columns, each in BLOCK lanes."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
     live = (r < rows) & (c < N)

@@ -16,8 +16,8 @@ from ridgeline.backends.cuda.ladder.climb import CardShape
 from ridgeline.backends.cuda.launch import Config, Launch, cdiv, next_power_of_2
 
 CONFIGS: dict[str, Config] = {
-    "sm_80": Config({"HEADS": 8}, num_warps=4, num_stages=1),
-    "sm_90": Config({"HEADS": 8}, num_warps=4, num_stages=1),
+    "sm_80": Config({"HEADS": 8}, num_warps=2, num_stages=1),
+    "sm_90": Config({"HEADS": 8}, num_warps=2, num_stages=1),
 }
 """Query heads of a program."""
 
@@ -71,6 +71,7 @@ def rope_kv_kernel(
     PAGE: tl.constexpr,
     KIND: tl.constexpr,
 ):
+    """Program (t, part): query heads of token t, or, as the last part, its keys and values."""
     t = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     position = tl.load(positions + t).to(tl.int64)
@@ -138,22 +139,11 @@ def rope_kv(
         ValueError: an int8 cache without scales.
     """
     tokens, heads, dim = q_out.shape
-    _, kv_heads, page, _ = k_cache.shape
     kind = {torch.int8: INT8, torch.float8_e4m3fn: FP8}.get(k_cache.dtype, PLAIN)
     if kind == INT8 and scales is None:
         raise ValueError("rope_kv: an int8 cache needs scales")
     k_scales, v_scales = scales or (cos, cos)
     config = CONFIGS[arch]
-    meta = {
-        "Q_HEADS": heads,
-        "KV_HEADS": kv_heads,
-        "HALF": dim // 2,
-        "HALF_BLOCK": next_power_of_2(dim // 2),
-        "HEADS": config.meta["HEADS"],
-        "KV_BLOCK": next_power_of_2(kv_heads),
-        "PAGE": page,
-        "KIND": kind,
-    }
     args: dict[str, Any] = {
         "qkv": qkv,
         "cos": cos,
@@ -168,18 +158,44 @@ def rope_kv(
         "v_scales": v_scales,
         "k_tensor_scale": tensor_scales[0],
         "v_tensor_scale": tensor_scales[1],
-        "qkv_stride": qkv.stride(0),
-        "q_stride": q_out.stride(0),
-        "table_stride": block_tables.stride(0),
-        "block_stride": k_cache.stride(0),
-        "head_stride": k_cache.stride(1),
-        "token_stride": k_cache.stride(2),
-        "scale_block_stride": k_scales.stride(0) if scales else 0,
-        "scale_head_stride": k_scales.stride(1) if scales else 0,
+        **_strides(qkv, q_out, block_tables, k_cache, scales),
     }
+    meta = {**_sizes(heads, dim, k_cache, kind), **config.meta}
     grid = (tokens, cdiv(heads, config.meta["HEADS"]) + 1)
     updates = ("k_cache", "v_cache") + (("k_scales", "v_scales") if scales else ())
     return [Launch(rope_kv_kernel, grid, args, Config(meta, config.num_warps, config.num_stages), ("q_out",), updates)]
+
+
+def _sizes(heads: int, dim: int, cache: torch.Tensor, kind: int) -> dict[str, int]:
+    _, kv_heads, page, _ = cache.shape
+    return {
+        "Q_HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "HALF": dim // 2,
+        "HALF_BLOCK": next_power_of_2(dim // 2),
+        "KV_BLOCK": next_power_of_2(kv_heads),
+        "PAGE": page,
+        "KIND": kind,
+    }
+
+
+def _strides(
+    qkv: torch.Tensor,
+    q_out: torch.Tensor,
+    tables: torch.Tensor,
+    cache: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor] | None,
+) -> dict[str, int]:
+    return {
+        "qkv_stride": qkv.stride(0),
+        "q_stride": q_out.stride(0),
+        "table_stride": tables.stride(0),
+        "block_stride": cache.stride(0),
+        "head_stride": cache.stride(1),
+        "token_stride": cache.stride(2),
+        "scale_block_stride": scales[0].stride(0) if scales else 0,
+        "scale_head_stride": scales[0].stride(1) if scales else 0,
+    }
 
 
 def card_shapes(arch: str) -> list[CardShape]:

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -87,7 +88,22 @@ def compile_launch(launch: Launch, arch: str) -> Binary:
         raise RidgelineError(f"{name} does not compile for {arch} with {dict(config.meta)}: {error}") from error
     registers, local = _resources(kernel.asm["cubin"])
     meta = kernel.metadata
-    return Binary(meta.name, arch, meta.num_warps, kernel.asm["sass"], kernel.asm["ptx"], registers, local, meta.shared)
+    with _no_warnings():
+        sass = kernel.asm["sass"]
+    return Binary(meta.name, arch, meta.num_warps, sass, kernel.asm["ptx"], registers, local, meta.shared)
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """nvdisasm complains of the file format once for every kernel, to the standard error it inherits."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
