@@ -63,8 +63,7 @@ def climb(root: Path, wanted: str | None, archs: Sequence[str], rungs: Sequence[
             for module, index, name in cases:
                 yield _timed(name, arch, "interpret", lambda m=module, i=index, a=arch: _interpret(m, i, a))
         if "compile" in rungs:
-            for outcomes in in_process(compile_cases, [(m, i, n, arch) for m, i, n in cases]):
-                yield outcomes
+            yield from in_process(compile_cases, [(m, i, n, arch) for m, i, n in cases])
         if "gpu" in rungs:
             yield Outcome("all", arch, "gpu", "skipped", "no GPU here", 0.0)
 
