@@ -41,7 +41,7 @@ class Timing:
 
 
 def device_arch() -> str:
-    """The architecture of this machine's GPU; raises ConfigError without one, or where kernels are not written for it."""
+    """The architecture of this machine's GPU; raises ConfigError where there is none, or one of another kind."""
     if not torch.cuda.is_available():
         raise ConfigError("no GPU here: nothing is timed, and nothing else is shown in its place")
     major, minor = torch.cuda.get_device_capability()
