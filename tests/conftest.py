@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: GPU kernels are interpreted here
 
 
 @pytest.fixture(scope="session")

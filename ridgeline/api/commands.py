@@ -1,4 +1,4 @@
-"""The commands: run, chat, bench and replay. What loads a model is imported by the command that does."""
+"""The commands: run, chat, bench, replay and kernels. What loads a model is imported by the command that does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ridgeline.api.flags import with_flags
+from ridgeline.api.kernels import make_app
 from ridgeline.core.config import ISAS
 from ridgeline.core.errors import ConfigError, RequestError
 from ridgeline.core.types import SamplingParams
@@ -174,6 +175,7 @@ def make_command() -> Callable[..., Any]:
     app.command("chat")(with_flags(chat, sampling=True))
     app.command("bench")(with_flags(bench, sampling=False))
     app.command("replay")(replay)
+    app.add_typer(make_app(), name="kernels")
     app.callback(invoke_without_command=True)(_no_command)
     return typer.main.get_command(app)
 
@@ -187,4 +189,4 @@ def _no_command(
         print(f"ridgeline {__version__}")
         raise typer.Exit()
     if context.invoked_subcommand is None:
-        raise ConfigError("no command given: run, chat, bench or replay (ridgeline --help tells more)")
+        raise ConfigError("no command given: run, chat, bench, replay or kernels (ridgeline --help tells more)")

@@ -1,0 +1,108 @@
+"""``ridgeline kernels``: check GPU kernels on the ladder, show and keep their cards."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ridgeline.core.errors import ConfigError
+
+ARCHS = "sm_80,sm_90"
+RUNGS = "interpret,compile,gpu"
+PAGE = Path("docs/gpu-cards.md")
+Archs = Annotated[str, typer.Option("--arch", help="architectures, by commas")]
+
+
+def make_app() -> typer.Typer:
+    """The sub-commands."""
+    app = typer.Typer(help="GPU kernels: check them with or without a GPU.", no_args_is_help=True)
+    app.command("check")(check)
+    app.command("cards")(cards)
+    app.command("bench")(bench)
+    return app
+
+
+def _prepare(root: Path) -> None:
+    """Kernels are interpreted in this process, and cases live beside the package."""
+    missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} not installed: pip install 'ridgeline[cuda]'")
+    os.environ["TRITON_INTERPRET"] = "1"
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+
+
+def check(
+    op: Annotated[str | None, typer.Argument(help="an operator or the beginning of a case's name; all if none")] = None,
+    arch: Archs = ARCHS,
+    rung: Annotated[str, typer.Option("--rung", help="rungs, by commas")] = RUNGS,
+    root: Annotated[Path, typer.Option("--root", help="the checkout with the cases")] = Path("."),
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="only what fails or is skipped, and the sum")] = False,
+) -> None:
+    """Climb the ladder: exit code 0 if every case passes every rung that can run here, else 1."""
+    _prepare(root.resolve())
+    from ridgeline.backends.cuda.ladder.check import RUNGS as known
+    from ridgeline.backends.cuda.ladder.check import archs_of, climb
+
+    rungs = [r.strip() for r in rung.split(",")]
+    for name in rungs:
+        if name not in known:
+            raise ConfigError(f"no rung is called {name}: {', '.join(known)}")
+    failed = passed = 0
+    for outcome in climb(root.resolve(), op, archs_of(arch), rungs):
+        failed += outcome.status == "FAILED"
+        passed += outcome.status == "ok"
+        if not quiet or outcome.status != "ok":
+            print(
+                f"{outcome.status:8}{outcome.arch:6} {outcome.rung:10}{outcome.seconds:6.2f} s  "
+                f"{outcome.case}: {outcome.detail}",
+                flush=True,
+            )
+    print(f"{passed} passed, {failed} failed")
+    if failed:
+        raise typer.Exit(1)
+
+
+def cards(
+    op: Annotated[str | None, typer.Argument(help="an operator; all if none")] = None,
+    arch: Archs = ARCHS,
+    write: Annotated[bool, typer.Option("--write", help="replace the table of docs/gpu-cards.md")] = False,
+) -> None:
+    """Compile every kernel for the shapes of an 8B Llama and show what its machine code says; 1 if it got worse."""
+    _prepare(Path(".").resolve())
+    from ridgeline.backends.cuda.ladder import table
+    from ridgeline.backends.cuda.ladder.check import archs_of
+
+    ops = table.names()
+    if op is not None and op not in ops:
+        raise ConfigError(f"no kernel file is called {op}: {', '.join(ops)}")
+    rows = table.make([op] if op else ops, archs_of(arch))
+    print(table.render(rows))
+    page = PAGE.read_text() if PAGE.exists() else ""
+    if write:
+        kept = [row for row in table.read(page) if row.key not in {r.key for r in rows}]
+        head = page.split("\n| kernel |")[0].rstrip() if page else "# GPU cards"
+        merged = sorted([*kept, *rows], key=lambda row: (ops.index(row.kernel), row.arch))
+        PAGE.write_text(f"{head}\n\n{table.render(merged)}")
+        return
+    worse = table.regressions(table.read(page), rows)
+    print("\n".join(worse) if worse else "nothing got worse")
+    if worse:
+        raise typer.Exit(1)
+
+
+def bench() -> None:
+    """Time every kernel on this machine's GPU against PyTorch."""
+    _prepare(Path(".").resolve())
+    import importlib
+
+    torch = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        raise ConfigError("no GPU here: nothing is timed, and nothing else is shown in its place")
+    raise ConfigError("timing on a GPU is not built yet")

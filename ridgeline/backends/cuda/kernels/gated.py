@@ -1,0 +1,72 @@
+"""SiLU(gate) * up and GELU(gate) * up (Shazeer, 2020, "GLU Variants Improve Transformer"): one read, one write."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ridgeline.backends.cuda.ladder.climb import CardShape
+from ridgeline.backends.cuda.launch import Config, Launch, cdiv
+
+CONFIGS: dict[str, Config] = {
+    "sm_80": Config({"BLOCK": 1024}, num_warps=4, num_stages=1),
+    "sm_90": Config({"BLOCK": 1024}, num_warps=4, num_stages=1),
+}
+"""Eight bf16 values, 16 bytes, a thread and load."""
+
+FUNCTIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+
+
+@triton.jit
+def gated_kernel(
+    gate, up, out, gate_stride, up_stride, out_stride, N: tl.constexpr, FUNCTION: tl.constexpr, BLOCK: tl.constexpr
+):
+    """BLOCK columns of a row."""
+    r = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = c < N
+    g = tl.load(gate + r * gate_stride + c, mask=live, other=0.0).to(tl.float32)
+    u = tl.load(up + r * up_stride + c, mask=live, other=0.0).to(tl.float32)
+    if FUNCTION == 0:
+        a = g / (1.0 + tl.exp(-g))
+    elif FUNCTION == 1:
+        a = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    else:  # 0.5 g (1 + tanh z) = g sigmoid(2 z)
+        z = 1.5957691216057308 * (g + 0.044715 * g * g * g)
+        a = g / (1.0 + tl.exp(-z))
+    tl.store(out + r * out_stride + c, (a * u).to(out.dtype.element_ty), mask=live)
+
+
+def gated(
+    gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, *, function: str = "silu", arch: str = "sm_90"
+) -> list[Launch]:
+    """out = function(gate) * up, all [rows, N] of float types; gate and up may be halves of one tensor.
+
+    Raises:
+        ValueError: an unknown function.
+    """
+    if function not in FUNCTIONS:
+        raise ValueError(f"gated: {function!r}, expected one of {', '.join(FUNCTIONS)}")
+    rows, columns = out.shape
+    config = CONFIGS[arch]
+    meta = {**config.meta, "N": columns, "FUNCTION": FUNCTIONS[function]}
+    args = {
+        "gate": gate,
+        "up": up,
+        "out": out,
+        "gate_stride": gate.stride(0),
+        "up_stride": up.stride(0),
+        "out_stride": out.stride(0),
+    }
+    grid = (rows, cdiv(columns, config.meta["BLOCK"]))
+    return [Launch(gated_kernel, grid, args, Config(meta, config.num_warps, config.num_stages), ("out",))]
+
+
+def card_shapes(arch: str) -> list[CardShape]:
+    """The MLP of an 8B Llama."""
+    shapes = []
+    for rows in (1, 64, 4096):
+        gate, up, out = (torch.empty(rows, 14336, dtype=torch.bfloat16, device="meta") for _ in range(3))
+        shapes.append(CardShape(f"M={rows}", gated(gate, up, out, arch=arch), 6.0 * rows * 14336, 6.0 * rows * 14336))
+    return shapes
