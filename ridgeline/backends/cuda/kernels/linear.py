@@ -7,23 +7,29 @@ cores do. How a row's bits stay the same whatever M is: ``gemm``.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ridgeline.backends.cuda.kernels import gemm
-from ridgeline.backends.cuda.kernels.gemm import Epilogue, Product, Scratch, Tile
-from ridgeline.backends.cuda.kernels.gemm import addresses, arrive, epilogue, put_part, sum_parts, tile_origin
+from ridgeline.backends.cuda import gemm
+from ridgeline.backends.cuda.gemm import (
+    MANY,
+    Epilogue,
+    Product,
+    Scratch,
+    Tile,
+    accumulate,
+    arrive,
+    epilogue,
+    put_part,
+    sum_parts,
+    tile_origin,
+)
 from ridgeline.backends.cuda.ladder.climb import CardShape
 from ridgeline.backends.cuda.launch import Launch
 
 BLOCK_K = 64
 """Values of K in a step, for every tile: 128 bytes, the widest swizzle of shared memory."""
-
-MANY = 1 << 62
 
 CONFIGS: dict[str, tuple[Tile, ...]] = {
     "sm_80": (
@@ -44,61 +50,6 @@ WIDE: dict[str, Tile] = {
     "sm_90": Tile(MANY, 128, 256, BLOCK_K, num_warps=8, num_stages=4, per_sm=1),
 }
 """For many rows where K is not split: no second accumulator, so that a tile may be twice as wide."""
-
-
-@triton.jit
-def _sum(
-    x,
-    w,
-    row,
-    column,
-    first,
-    last,
-    M,
-    N,
-    K,
-    stride_x,
-    stride_w,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
-    TMA: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
-    """fp32 [BLOCK_M, BLOCK_N]: the sum over the steps first .. last - 1 of K, in order, from zero."""
-    if SWAP:
-        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    else:
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if TMA:
-        for step in tl.range(first, last, warp_specialize=SPECIALIZE):
-            a = x.load([row, step * BLOCK_K])
-            b = w.load([column, step * BLOCK_K])
-            if SWAP:
-                acc = tl.dot(b, a.T, acc)
-            else:
-                acc = tl.dot(a, b.T, acc)
-    else:
-        x_at = addresses(x, row, M, stride_x, BLOCK_M, BLOCK_K)
-        w_at = addresses(w, column, N, stride_w, BLOCK_N, BLOCK_K)
-        for step in range(first, last):
-            k = step * BLOCK_K
-            if EVEN_K:
-                a = tl.load(x_at + k)
-                b = tl.load(w_at + k)
-            else:
-                inside = (k + tl.arange(0, BLOCK_K) < K)[None, :]
-                a = tl.load(x_at + k, mask=inside, other=0.0)
-                b = tl.load(w_at + k, mask=inside, other=0.0)
-            if SWAP:
-                acc = tl.dot(b, a.T, acc)
-            else:
-                acc = tl.dot(a, b.T, acc)
-    if SWAP:
-        acc = tl.trans(acc)
-    return acc
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -144,7 +95,7 @@ def linear_kernel(
         row, column = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
         first = part * length
         last = min(first + length, steps)
-        y = _sum(
+        y = accumulate(
             x, w, row, column, first, last, M, N, K, stride_x, stride_w,
             BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K,
         )  # fmt: skip
@@ -155,7 +106,7 @@ def linear_kernel(
         else:
             for later in range(1, SPLIT):
                 last = min((later + 1) * length, steps)
-                y += _sum(
+                y += accumulate(
                     x, w, row, column, later * length, last, M, N, K, stride_x, stride_w,
                     BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K,
                 )  # fmt: skip
@@ -182,20 +133,6 @@ def _tile(arch: str, m: int, split: int) -> Tile:
     return WIDE[arch] if tile.rows == MANY and split == 1 else tile
 
 
-def _operands(x: torch.Tensor, w: torch.Tensor, tile: Tile, arch: str) -> tuple[dict[str, Any], bool]:
-    """x and w as the kernel takes them, and whether as descriptors: TMA needs rows that begin at 16 bytes."""
-    strides = {"stride_x": x.stride(0), "stride_w": w.stride(0)}
-    aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, w))
-    if arch != "sm_90" or not aligned:
-        return {"x": x, "w": w, **strides}, False
-    blocks = {"x": (x, tile.block_m), "w": (w, tile.block_n)}
-    made = {
-        name: TensorDescriptor(t, list(t.shape), list(t.stride()), [block, tile.block_k])
-        for name, (t, block) in blocks.items()
-    }
-    return {**made, **strides}, True
-
-
 def linear(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -218,25 +155,13 @@ def linear(
     """
     (m, k), n = x.shape, w.shape[0]
     after = after or Epilogue()
-    _check(x, w, out, after)
+    gemm.check(x, w, out, after)
     split = split_of(n, k) if batch_invariant or m <= gemm.MOST_SPLIT_ROWS else 1
     tile = _tile(arch, m, split)
-    args, tma = _operands(x, w, tile, arch)
+    args, tma = gemm.operands(x, w, tile, arch)
     meta = {"TMA": tma, "EVEN_K": k % BLOCK_K == 0, "SILU_MUL": after.silu_mul}
     product = Product(linear_kernel, arch, m, n, k, tile, split)
     return [product.launch({**args, **after.args()}, out, workspace, counters, **meta)]
-
-
-def _check(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, after: Epilogue) -> None:
-    """Raises ValueError for operands that do not make a product."""
-    (m, k), n = x.shape, w.shape[0]
-    width = n // 2 if after.silu_mul else n
-    if x.dtype != w.dtype or w.shape[1] != k or tuple(out.shape) != (m, width):
-        raise ValueError(f"x {x.dtype} {tuple(x.shape)} by w {w.dtype} {tuple(w.shape)} into {tuple(out.shape)}")
-    if after.silu_mul and n % 32:
-        raise ValueError(f"gate and up take turns every 16 rows: N is a multiple of 32, not {n}")
-    if any(t.stride(1) != 1 for t in (x, w, out)):
-        raise ValueError("rows must be contiguous")
 
 
 def card_shapes(arch: str) -> list[CardShape]:

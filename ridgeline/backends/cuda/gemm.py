@@ -1,4 +1,4 @@
-"""What every matrix product of this folder shares: the order of tiles, the split over K, and what follows the sum.
+"""What every matrix product shares: the order of tiles, the split over K, and what follows the sum.
 
 A product y = x @ w.T is cut into tiles of [BLOCK_M rows of x, BLOCK_N rows of w] and, along K, into ``SPLIT`` parts
 of whole steps of BLOCK_K. **BLOCK_K and SPLIT are functions of (N, K, format) alone**, and every variant adds in one
@@ -25,12 +25,16 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ridgeline.backends.cuda.ladder.climb import CardShape
 from ridgeline.backends.cuda.launch import Config, Launch, cdiv
 
 SMS = {"sm_80": 108, "sm_90": 132}
 """Streaming multiprocessors of an A100 and of an H100 SXM (NVIDIA's architecture white papers)."""
+
+MANY = 1 << 62
+"""Rows without a bound: the last tile of a table."""
 
 GROUP_M = 8
 """Row tiles that take turns before the next column tile: their x and w stay in the second-level cache."""
@@ -147,6 +151,7 @@ class Product:
 
     Attributes:
         split: parts along K.
+        sums: of what type partial sums are: float32 or int32.
     """
 
     kernel: Any
@@ -156,6 +161,7 @@ class Product:
     k: int
     tile: Tile
     split: int
+    sums: torch.dtype = torch.float32
 
     def launch(
         self,
@@ -178,12 +184,47 @@ class Product:
         if needed.partials:
             if workspace is None or counters is None or workspace.numel() < needed.partials:
                 raise ValueError(f"this product needs scratch: {needed}")
-            args |= {"workspace": workspace[: needed.partials], "counters": counters[:tiles]}
+            args |= {"workspace": workspace[: needed.partials].view(self.sums), "counters": counters[:tiles]}
             writes, updates = ("out", "workspace"), ("counters",)
         jobs = tiles * (self.split if needed.partials else 1)
         config = self.tile.config(SPLIT=self.split, PARALLEL=needed.partials > 0, **meta)
         grid = (min(jobs, SMS[self.arch] * self.tile.per_sm),)
         return Launch(self.kernel, grid, args, config, writes, updates)
+
+
+def operands(x: torch.Tensor, w: torch.Tensor, tile: Tile, arch: str) -> tuple[dict[str, Any], bool]:
+    """x and w as a kernel takes them, and whether as descriptors: TMA needs rows that begin at 16 bytes."""
+    strides = {"stride_x": x.stride(0), "stride_w": w.stride(0)}
+    aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, w))
+    if arch != "sm_90" or not aligned:
+        return {"x": x, "w": w, **strides}, False
+    blocks = {"x": (x, tile.block_m), "w": (w, tile.block_n)}
+    made = {
+        name: TensorDescriptor(t, list(t.shape), list(t.stride()), [block, tile.block_k])
+        for name, (t, block) in blocks.items()
+    }
+    return {**made, **strides}, True
+
+
+def check(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, after: Epilogue) -> None:
+    """Raises ValueError for operands that do not make a product."""
+    (m, k), n = x.shape, w.shape[0]
+    width = n // 2 if after.silu_mul else n
+    if x.dtype != w.dtype or w.shape[1] != k or tuple(out.shape) != (m, width):
+        raise ValueError(f"x {x.dtype} {tuple(x.shape)} by w {w.dtype} {tuple(w.shape)} into {tuple(out.shape)}")
+    if after.silu_mul and n % 32:
+        raise ValueError(f"gate and up take turns every 16 rows: N is a multiple of 32, not {n}")
+    if any(t.stride(1) != 1 for t in (x, w, out)):
+        raise ValueError("rows must be contiguous")
+
+
+def check_scales(
+    x_scale: torch.Tensor, x_shape: tuple[int, ...], w_scale: torch.Tensor, w_shape: tuple[int, ...]
+) -> None:
+    """Raises ValueError for scales that are not contiguous fp32 of these shapes."""
+    for name, scale, shape in (("x", x_scale, x_shape), ("w", w_scale, w_shape)):
+        if tuple(scale.shape) != shape or scale.dtype != torch.float32 or not scale.is_contiguous():
+            raise ValueError(f"scales of {name}: {scale.dtype} {tuple(scale.shape)}, wanted float32 {shape}")
 
 
 LLAMA_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -236,12 +277,103 @@ def addresses(base, first, count, stride, BLOCK: tl.constexpr, BLOCK_K: tl.const
 
 
 @triton.jit
+def accumulate(
+    x,
+    w,
+    row,
+    column,
+    first,
+    last,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ACC: tl.constexpr = tl.float32,
+):
+    """[BLOCK_M, BLOCK_N] of ACC, fp32 or int32: the sum over the steps first .. last - 1 of K, in order, from zero.
+
+    x and w: descriptors (TMA) or pointers.
+    """
+    if SWAP:
+        acc = tl.zeros([BLOCK_N, BLOCK_M], ACC)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    if TMA:
+        for step in tl.range(first, last, warp_specialize=SPECIALIZE):
+            a = x.load([row, step * BLOCK_K])
+            b = w.load([column, step * BLOCK_K])
+            if SWAP:
+                acc = tl.dot(b, a.T, acc, out_dtype=ACC)
+            else:
+                acc = tl.dot(a, b.T, acc, out_dtype=ACC)
+    else:
+        x_at = addresses(x, row, M, stride_x, BLOCK_M, BLOCK_K)
+        w_at = addresses(w, column, N, stride_w, BLOCK_N, BLOCK_K)
+        for step in range(first, last):
+            k = step * BLOCK_K
+            if EVEN_K:
+                a = tl.load(x_at + k)
+                b = tl.load(w_at + k)
+            else:
+                inside = (k + tl.arange(0, BLOCK_K) < K)[None, :]
+                a = tl.load(x_at + k, mask=inside, other=0.0)
+                b = tl.load(w_at + k, mask=inside, other=0.0)
+            if SWAP:
+                acc = tl.dot(b, a.T, acc, out_dtype=ACC)
+            else:
+                acc = tl.dot(a, b.T, acc, out_dtype=ACC)
+    if SWAP:
+        acc = tl.trans(acc)
+    return acc
+
+
+@triton.jit
 def gated(y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """silu(gate) * up: [ROWS, COLUMNS] with 16 columns of gate and 16 of up in turn to [ROWS, COLUMNS / 2]."""
     blocks = tl.permute(tl.reshape(y, [ROWS, COLUMNS // 32, 2, 16]), [0, 1, 3, 2])
     gate, up = tl.split(blocks)
     # exp(-gate) of a very negative gate is infinite, and gate / inf is the right zero.
     return tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, [ROWS, COLUMNS // 2])
+
+
+@triton.jit
+def _finish(
+    y,
+    out,
+    bias,
+    residual,
+    row,
+    column,
+    M,
+    N,
+    stride_out,
+    stride_residual,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SILU_MUL: tl.constexpr,
+):
+    columns = column + tl.arange(0, BLOCK_N)
+    if bias is not None:
+        y += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if SILU_MUL:
+        y = gated(y, BLOCK_M, BLOCK_N)
+        columns = column // 2 + tl.arange(0, BLOCK_N // 2)
+        N = N // 2
+    rows = row + tl.arange(0, BLOCK_M)
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    if residual is not None:
+        at = rows.to(tl.int64)[:, None] * stride_residual + columns[None, :]
+        y += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    at = rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -260,26 +392,23 @@ def epilogue(
     BLOCK_N: tl.constexpr,
     SILU_MUL: tl.constexpr,
 ):
-    """Adds the bias, gates, adds the residual, rounds once and stores: y is fp32 [BLOCK_M, BLOCK_N]."""
-    columns = column + tl.arange(0, BLOCK_N)
-    if bias is not None:
-        y += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    if SILU_MUL:
-        y = gated(y, BLOCK_M, BLOCK_N)
-        columns = column // 2 + tl.arange(0, BLOCK_N // 2)
-        N = N // 2
-    rows = row + tl.arange(0, BLOCK_M)
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-    if residual is not None:
-        at = rows.to(tl.int64)[:, None] * stride_residual + columns[None, :]
-        y += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    at = rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+    """Adds the bias, gates, adds the residual, rounds once and stores: y is fp32 [BLOCK_M, BLOCK_N].
+
+    A wide tile goes in two halves: beside its sums, registers hold only half of its addresses and residuals.
+    """
+    if BLOCK_N > 128:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(y, [BLOCK_M, 2, HALF]), [0, 2, 1]))
+        _finish(left, out, bias, residual, row, column, M, N, stride_out, stride_residual, BLOCK_M, HALF, SILU_MUL)
+        column += HALF
+        _finish(right, out, bias, residual, row, column, M, N, stride_out, stride_residual, BLOCK_M, HALF, SILU_MUL)
+    else:
+        _finish(y, out, bias, residual, row, column, M, N, stride_out, stride_residual, BLOCK_M, BLOCK_N, SILU_MUL)
 
 
 @triton.jit
 def put_part(y, workspace, part, row, column, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Stores one part of a tile in the workspace, [SPLIT, M, N] fp32."""
+    """Stores one part of a tile in the workspace, [SPLIT, M, N] of fp32 or int32."""
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     at = (part * M + rows).to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(workspace + at, y, mask=(rows < M)[:, None] & (columns < N)[None, :])
@@ -298,14 +427,14 @@ def arrive(counters, tile, SPLIT: tl.constexpr):
 
 @triton.jit
 def sum_parts(workspace, row, column, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
-    """The parts of a tile, added in order: fp32 [BLOCK_M, BLOCK_N].
+    """The parts of a tile, added in order: [BLOCK_M, BLOCK_N].
 
     Loads go to the second-level cache (.cg): the first level does not see what other multiprocessors wrote.
     """
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     at = workspace + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    y = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+    y = tl.load(at, mask=inside, other=0, cache_modifier=".cg")
     for part in range(1, SPLIT):
-        y += tl.load(at + (part * M).to(tl.int64) * N, mask=inside, other=0.0, cache_modifier=".cg")
+        y += tl.load(at + (part * M).to(tl.int64) * N, mask=inside, other=0, cache_modifier=".cg")
     return y
