@@ -18,6 +18,8 @@ from ridgeline.backends.reference.ops import rotate, run_op
 from tests.cases import ROW_CASES, RowCase, seed_of
 
 ROW_OPS = {"rms_norm": "norm", "add_rms_norm": "norm", "silu_mul": "gated", "embed": "gather", "select_rows": "gather"}
+OLD = 3.0
+"""What a cache holds where the step writes nothing."""
 TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
@@ -31,6 +33,7 @@ class GpuCase:
         kind: what is done: the function, the cache's type, ...
         dtype: of the activations.
         heads: (query heads, KV heads) of a rope case; width is then a head's.
+        numbers: as in tests/cases.py.
     """
 
     op: str
@@ -39,12 +42,14 @@ class GpuCase:
     kind: str
     dtype: str = "bf16"
     heads: tuple[int, int] = (0, 0)
+    numbers: str = "normal"
 
     @property
     def name(self) -> str:
         """For test ids."""
         heads = f"-{self.heads[0]}x{self.heads[1]}" if self.heads[0] else ""
-        return f"{self.op}-{self.rows}x{self.width}{heads}-{self.kind}-{self.dtype}"
+        numbers = "" if self.numbers == "normal" else f"-{self.numbers}"
+        return f"{self.op}-{self.rows}x{self.width}{heads}-{self.kind}-{self.dtype}{numbers}"
 
 
 def _own() -> list[GpuCase]:
@@ -55,6 +60,10 @@ def _own() -> list[GpuCase]:
     for dim in (64, 80, 128):
         for kind in ("bf16", "int8", "fp8"):
             cases.append(GpuCase("rope_kv", 5, dim, kind, "bf16", (6, 2)))
+    cases += [GpuCase("norm", 5, 96, kind, "bf16", numbers="zero") for kind in ("int8", "fp8")]
+    cases += [GpuCase("gated", 2, 80, kind, "f32") for kind in ("silu", "gelu", "gelu_tanh")]
+    cases += [GpuCase("gather", 3, width, "copy") for width in (1024, 1025, 2500)]
+    cases.append(GpuCase("rope_kv", 3, 64, "int8", "bf16", (4, 3), "zero"))
     cases += [GpuCase("rope_kv", 2, 128, "f16", "f16", (9, 3)), GpuCase("rope_kv", 3, 64, "bf16", "f32", (32, 8))]
     return cases
 
@@ -65,6 +74,14 @@ def _fits(case: RowCase) -> bool:
 
 
 CASES: list[RowCase | GpuCase] = [*(c for c in ROW_CASES if _fits(c)), *_own()]
+
+
+def kernels_of(case: RowCase | GpuCase) -> tuple[str]:
+    """The kernel file that a case runs."""
+    return (ROW_OPS[case.op] if isinstance(case, RowCase) else case.op,)
+
+
+KERNELS_OF = kernels_of
 
 
 def numbers(rng: np.random.Generator, shape: tuple[int, ...], kind: str = "normal") -> np.ndarray:
@@ -96,7 +113,7 @@ def build(case: RowCase | GpuCase, arch: str, only: int | None = None) -> Climb:
         rng = np.random.default_rng(seed_of(case))
         return {"norm": _row_norm, "gated": _row_gated, "gather": _row_gather}[ROW_OPS[case.op]](case, arch, rng, only)
     rng = np.random.default_rng(zlib.crc32(case.name.encode()))
-    return {"norm": _norm, "gated": _gated, "rope_kv": _rope}[case.op](case, arch, rng, only)
+    return {"norm": _norm, "gated": _gated, "gather": _gather, "rope_kv": _rope}[case.op](case, arch, rng, only)
 
 
 def _pick(x: np.ndarray, only: int | None) -> np.ndarray:
@@ -143,6 +160,11 @@ def _row_gather(case: RowCase, arch: str, rng: np.random.Generator, only: int | 
     return Climb(launches, (Expected(out, truth.astype(np.float64), truth, exact=True),))
 
 
+def _gather(case: GpuCase, arch: str, rng: np.random.Generator, only: int | None) -> Climb:
+    row = RowCase("select_rows", case.rows, (case.width,))
+    return _row_gather(row, arch, rng, only)
+
+
 def _norm_numbers(x: np.ndarray, w: np.ndarray, b: np.ndarray | None, eps: float, center: bool, t: type) -> np.ndarray:
     x, w = x.astype(t), w.astype(t)
     if center:
@@ -152,7 +174,7 @@ def _norm_numbers(x: np.ndarray, w: np.ndarray, b: np.ndarray | None, eps: float
 
 
 def _norm(case: GpuCase, arch: str, rng: np.random.Generator, only: int | None) -> Climb:
-    x = tensor(_pick(numbers(rng, (case.rows, case.width)), only), case.dtype)
+    x = tensor(_pick(numbers(rng, (case.rows, case.width), case.numbers), only), case.dtype)
     weight = tensor(1 + 0.1 * rng.standard_normal(case.width).astype(np.float32), case.dtype)
     center = case.kind == "layer"
     bias = tensor(rng.standard_normal(case.width).astype(np.float32), case.dtype) if center else None
@@ -170,12 +192,17 @@ def _norm(case: GpuCase, arch: str, rng: np.random.Generator, only: int | None) 
     largest, cost = np.abs(truth).max(axis=1), np.abs(plain - truth).max()
     rows = (largest / most, ((largest + cost) / most).astype(np.float32))
     # Codes near the middle between two may fall either way: they are checked as the numbers they stand for.
-    step = _codes(plain, most, case.kind)
-    return Climb(launches, (Expected(scales, *rows), Expected(out, truth / rows[0][:, None], step)))
+    codes = Expected(out, _over(truth, rows[0][:, None]), _codes(plain, most, case.kind), step=case.kind == "int8")
+    return Climb(launches, (Expected(scales, *rows), codes))
+
+
+def _over(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)
 
 
 def _codes(plain: np.ndarray, most: np.float32, kind: str) -> np.ndarray:
-    scaled = plain * (most / np.abs(plain).max(axis=1, keepdims=True))
+    largest = np.abs(plain).max(axis=-1, keepdims=True)
+    scaled = plain * _over(np.full_like(largest, most), largest)
     return np.rint(scaled) if kind == "int8" else scaled.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
@@ -196,7 +223,7 @@ def _gated(case: GpuCase, arch: str, rng: np.random.Generator, only: int | None)
 
 def _rope(case: GpuCase, arch: str, rng: np.random.Generator, only: int | None) -> Climb:
     (heads, kv_heads), dim, page = case.heads, case.width, 16
-    qkv = tensor(_pick(numbers(rng, (case.rows, (heads + 2 * kv_heads) * dim)), only), case.dtype)
+    qkv = tensor(_pick(numbers(rng, (case.rows, (heads + 2 * kv_heads) * dim), case.numbers), only), case.dtype)
     positions = _pick(rng.integers(0, 100, case.rows).astype(np.int32), only)
     slots = _pick(np.arange(case.rows, dtype=np.int32), only)
     tables = rng.permutation(case.rows * 8).astype(np.int32).reshape(case.rows, 8)
@@ -204,8 +231,8 @@ def _rope(case: GpuCase, arch: str, rng: np.random.Generator, only: int | None) 
     cos, sin = (torch.from_numpy(f(angles).astype(np.float32)) for f in (np.cos, np.sin))
     q_out = torch.zeros(len(qkv), heads, dim, dtype=TORCH["bf16" if case.dtype == "f32" else case.dtype])
     kind = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(case.kind, TORCH.get(case.kind))
-    caches = [torch.zeros(case.rows * 8, kv_heads, page, dim, dtype=kind) for _ in range(2)]
-    scales = [torch.zeros(case.rows * 8, kv_heads, page) for _ in range(2)]
+    caches = [torch.full((case.rows * 8, kv_heads, page, dim), OLD).to(kind) for _ in range(2)]
+    scales = [torch.full((case.rows * 8, kv_heads, page), OLD) for _ in range(2)]
     launches = rope_kv(
         qkv,
         cos,
@@ -242,15 +269,15 @@ def _stored(
     kind: str,
     tensor_scale: float,
 ) -> list[Expected]:
-    """What the whole cache must hold: zeros but where the step's tokens lie."""
-    whole = [np.zeros(cache.shape, t) for t in (np.float64, np.float32)]
+    """What the whole cache must hold: what it held before but where the step's tokens lie."""
+    whole = [np.full(cache.shape, OLD, t) for t in (np.float64, np.float32)]
     if kind == "int8":
         rows = [np.abs(x).max(axis=2) / x.dtype.type(127) for x in (truth, plain)]
-        whole[0][place] = truth / rows[0][..., None]
-        whole[1][place] = np.rint(plain / rows[1][..., None])
-        tables = [np.zeros(scales.shape, t) for t in (np.float64, np.float32)]
+        whole[0][place] = _over(truth, rows[0][..., None])
+        whole[1][place] = _codes(plain, np.float32(127), "int8")
+        tables = [np.full(scales.shape, OLD, t) for t in (np.float64, np.float32)]
         tables[0][place], tables[1][place] = rows
-        return [Expected(cache, *whole), Expected(scales, *tables)]
+        return [Expected(cache, *whole, step=1.0), Expected(scales, *tables)]
     factor = tensor_scale if kind == "fp8" else 1.0
     whole[0][place], whole[1][place] = truth / factor, plain / np.float32(factor)
     if kind == "fp8":

@@ -106,7 +106,7 @@ def _call(node: ast.Call) -> Iterator[ast.AST]:
     if isinstance(new.func, ast.Name) and new.func.id in NAMES:
         new.func.id = NAMES[new.func.id]
         yield new
-    commutes = isinstance(node.func, ast.Name) and node.func.id in ("min", "max")
+    commutes = ast.unparse(node.func).split(".")[-1] in ("min", "max", "minimum", "maximum")
     for i in range(0 if commutes else len(node.args) - 1):
         swapped = copy.deepcopy(node)
         swapped.args[i], swapped.args[i + 1] = swapped.args[i + 1], swapped.args[i]

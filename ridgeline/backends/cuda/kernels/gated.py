@@ -26,8 +26,8 @@ def gated_kernel(
     r = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = c < N
-    g = tl.load(gate + r * gate_stride + c, mask=live, other=0.0).to(tl.float32)
-    u = tl.load(up + r * up_stride + c, mask=live, other=0.0).to(tl.float32)
+    g = tl.load(gate + r * gate_stride + c, mask=live).to(tl.float32)
+    u = tl.load(up + r * up_stride + c, mask=live).to(tl.float32)
     if FUNCTION == 0:
         a = g / (1.0 + tl.exp(-g))
     elif FUNCTION == 1:

@@ -21,7 +21,7 @@ def gather_kernel(table, index, out, table_stride, out_stride, N: tl.constexpr, 
     r = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(index + r).to(tl.int64)
-    v = tl.load(table + row * table_stride + c, mask=c < N, other=0.0)
+    v = tl.load(table + row * table_stride + c, mask=c < N)
     tl.store(out + r * out_stride + c, v.to(out.dtype.element_ty), mask=c < N)
 
 

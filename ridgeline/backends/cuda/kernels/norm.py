@@ -69,22 +69,22 @@ def norm_kernel(
         mean = tl.sum(v, axis=1, keep_dims=True) / N
         v = tl.where(c < N, v - mean, 0.0)
     variance = tl.sum(v * v, axis=1, keep_dims=True) / N
-    w = tl.load(weight + c, mask=c < N, other=0.0).to(tl.float32)
+    w = tl.load(weight + c, mask=c < N).to(tl.float32)
     y = v * (1.0 / tl.sqrt(variance + eps)) * w
     if HAS_BIAS:
-        y += tl.load(bias + c, mask=c < N, other=0.0).to(tl.float32)
+        y += tl.load(bias + c, mask=c < N).to(tl.float32)
     at = out + r * out_stride + c
     if QUANTIZE == 0:
         tl.store(at, y.to(out.dtype.element_ty), mask=live)
     else:
         most: tl.constexpr = 127.0 if QUANTIZE == 1 else 448.0
-        largest = tl.max(tl.abs(y), axis=1, keep_dims=True)
-        codes = y * tl.where(largest > 0.0, most / largest, 0.0)
+        largest = tl.max(tl.where(live, tl.abs(y), 0.0), axis=1)
+        codes = y * tl.where(largest > 0.0, most / largest, 0.0)[:, None]
         if QUANTIZE == 1:
             codes = (codes + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest even integer
         tl.store(at, codes.to(out.dtype.element_ty), mask=live)
-        one = tl.arange(0, 1)[None, :]
-        tl.store(scales + r + one, largest / most, mask=(r + one) < rows)
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        tl.store(scales + row, largest / most, mask=row < rows)
 
 
 def norm(

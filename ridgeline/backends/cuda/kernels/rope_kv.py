@@ -28,7 +28,8 @@ PLAIN, INT8, FP8 = 0, 1, 2
 def write_head(cache, scales, at, scale_at, low, high, half, live, one_live, tensor_scale, KIND: tl.constexpr):
     """Stores both halves of some heads, [heads, half] each, as the cache keeps them."""
     if KIND == 1:
-        largest = tl.maximum(tl.max(tl.abs(low), axis=1, keep_dims=True), tl.max(tl.abs(high), axis=1, keep_dims=True))
+        both = tl.where(live, tl.maximum(tl.abs(low), tl.abs(high)), 0.0)
+        largest = tl.max(both, axis=1, keep_dims=True)
         factor = tl.where(largest > 0.0, 127.0 / largest, 0.0)
         low = (low * factor + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest even integer
         high = (high * factor + 12582912.0) - 12582912.0
@@ -77,14 +78,14 @@ def rope_kv_kernel(
     position = tl.load(positions + t).to(tl.int64)
     c = tl.arange(0, HALF_BLOCK)[None, :]
     inside = c < HALF
-    cosine = tl.load(cos + position * HALF + c, mask=inside, other=0.0)
-    sine = tl.load(sin + position * HALF + c, mask=inside, other=0.0)
+    cosine = tl.load(cos + position * HALF + c, mask=inside)
+    sine = tl.load(sin + position * HALF + c, mask=inside)
     row = qkv + t * qkv_stride
     if part < tl.cdiv(Q_HEADS, HEADS):
         h = part * HEADS + tl.arange(0, HEADS)[:, None]
         live = (h < Q_HEADS) & inside
-        a = tl.load(row + h * (2 * HALF) + c, mask=live, other=0.0).to(tl.float32)
-        b = tl.load(row + h * (2 * HALF) + HALF + c, mask=live, other=0.0).to(tl.float32)
+        a = tl.load(row + h * (2 * HALF) + c, mask=live).to(tl.float32)
+        b = tl.load(row + h * (2 * HALF) + HALF + c, mask=live).to(tl.float32)
         to = q_out + t * q_stride + h * (2 * HALF) + c
         tl.store(to, (a * cosine - b * sine).to(q_out.dtype.element_ty), mask=live)
         tl.store(to + HALF, (b * cosine + a * sine).to(q_out.dtype.element_ty), mask=live)
@@ -98,13 +99,13 @@ def rope_kv_kernel(
         at = block * block_stride + h * head_stride + inner * token_stride + c
         scale_at = block * scale_block_stride + h * scale_head_stride + inner
         k = row + Q_HEADS * (2 * HALF) + h * (2 * HALF) + c
-        a = tl.load(k, mask=live, other=0.0).to(tl.float32)
-        b = tl.load(k + HALF, mask=live, other=0.0).to(tl.float32)
+        a = tl.load(k, mask=live).to(tl.float32)
+        b = tl.load(k + HALF, mask=live).to(tl.float32)
         low, high = a * cosine - b * sine, b * cosine + a * sine
         write_head(k_cache, k_scales, at, scale_at, low, high, HALF, live, one_live, k_tensor_scale, KIND)
         v = k + KV_HEADS * (2 * HALF)
-        low = tl.load(v, mask=live, other=0.0).to(tl.float32)
-        high = tl.load(v + HALF, mask=live, other=0.0).to(tl.float32)
+        low = tl.load(v, mask=live).to(tl.float32)
+        high = tl.load(v + HALF, mask=live).to(tl.float32)
         write_head(v_cache, v_scales, at, scale_at, low, high, HALF, live, one_live, v_tensor_scale, KIND)
 
 

@@ -36,6 +36,10 @@ def unit(tensor: Any, magnitude: float) -> float:
     return float(2.0 ** (np.floor(np.log2(magnitude)) - bits)) if magnitude > 0 else 0.0
 
 
+def _excess(got: npt.NDArray[np.float64], truth: npt.NDArray[np.float64], step: float) -> float:
+    return float(np.max(np.abs(got - truth) - step / 2, initial=0.0))
+
+
 def check(expected: Expected) -> float:
     """The error as a share of what is allowed; raises ``Inaccurate`` above 1."""
     got, truth = values(expected.tensor), expected.truth
@@ -43,15 +47,15 @@ def check(expected: Expected) -> float:
         raise Inaccurate("a case must have a finite answer")
     if not np.isfinite(got).all():
         raise Inaccurate(f"{int((~np.isfinite(got)).sum())} of {got.size} results are not finite")
-    error = float(np.abs(got - truth).max(initial=0.0))
+    error = _excess(got, truth, expected.step)
     if expected.exact:
         if error:
             raise Inaccurate(f"moved data differs by {error:.3g}")
         return 0.0
     plain = values(torch.from_numpy(np.ascontiguousarray(expected.plain)).to(expected.tensor.dtype))
-    allowed = max(
-        FACTOR * float(np.abs(plain - truth).max(initial=0.0)), unit(expected.tensor, float(np.abs(truth).max()))
-    )
+    largest = float(np.abs(truth).max(initial=0.0))
+    floor = 2.0**-20 * largest if expected.step else unit(expected.tensor, largest)
+    allowed = max(FACTOR * _excess(plain, truth, expected.step), floor)
     if error > allowed:
         at = tuple(int(i) for i in np.unravel_index(np.abs(got - truth).argmax(), got.shape))
         raise Inaccurate(f"error {error:.3g} at {at}, allowed {allowed:.3g}")

@@ -21,12 +21,14 @@ class Expected:
         plain: float32 arithmetic that rounds where the operator's declaration says, not rounded to the dtype either.
             What it loses against ``truth`` is what the kernel may lose, twice over.
         exact: the tensor must equal ``truth`` bit for bit (moved data, integers).
+        step: of integer codes, 1: half of it is no error, as ``truth`` lies anywhere between two codes.
     """
 
     tensor: Any
     truth: npt.NDArray[np.float64]
     plain: npt.NDArray[np.float32]
     exact: bool = False
+    step: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -216,8 +216,14 @@ class ExactBuilder(InterpreterBuilder):  # type: ignore[misc]
     def create_masked_load(
         self, ptrs: TensorHandle, mask: TensorHandle, other: TensorHandle | None, cache: Any, evict: Any, volatile: Any
     ) -> TensorHandle:
-        """A load whose live lanes are checked."""
+        """A load whose live lanes are checked; the others, given no value, hold what a register may hold: anything."""
         self.guard.load(self._region(ptrs), self._live(ptrs, mask), self._item(ptrs))
+        if other is None:
+            dtype = ptrs.get_element_ty()
+            stored = interpreter._get_np_dtype(dtype)
+            # A large number: a NaN would be passed over by a maximum.
+            anything = np.frombuffer(b"\x7b" * stored.itemsize, stored) if stored != np.bool_ else np.ones(1, bool)
+            other = TensorHandle(np.full(ptrs.data.shape, anything[0], dtype=stored), dtype)
         result: TensorHandle = super().create_masked_load(ptrs, mask, other, cache, evict, volatile)
         return result
 

@@ -1,0 +1,177 @@
+"""Breaks GPU kernels on purpose and sees whether the first rung notices.
+
+    python -m tests.gpu.mutate [OP] [--sample N] [--jobs 2]
+
+Operators on the syntax tree (tests/sim/operators.py, and masks and fill values left out) change the kernels of a file;
+the changed file takes the place of the real one in a forked child, which climbs that operator's cases until one fails.
+Printed are the share of mutants killed and the survivors; those known to change nothing are in ``EQUIVALENT``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib
+import importlib.util
+import os
+import resource
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+import numpy as np
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402, F401  (imported before the fork, so that children need not)
+
+from ridgeline.backends.cuda.ladder import table  # noqa: E402
+from ridgeline.backends.cuda.ladder.check import case_modules  # noqa: E402
+from tests.sim.operators import Mutant, mutants  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+CASE_SECONDS, MEMORY = 60.0, 6 << 30
+EQUIVALENT: dict[tuple[str, str], str] = {
+    ("codes + 12582912.0", "codes + 12582912.0"): "",
+}
+"""(before, after) -> why nothing can be seen of it."""
+
+
+def kernels_of(source: str) -> frozenset[str]:
+    """Names of the functions that Triton compiles."""
+    tree = ast.parse(source)
+    return frozenset(
+        n.name
+        for n in tree.body
+        if isinstance(n, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in n.decorator_list)
+    )
+
+
+def dropped_keywords(module: str, source: str, names: frozenset[str]) -> Iterator[Mutant]:
+    """``mask`` and ``other`` of every load and store, left out one by one."""
+    tree = ast.parse(source)
+    for function in (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in names):
+        for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
+            for keyword in [k for k in call.keywords if k.arg in ("mask", "other")]:
+                before, kept = ast.unparse(call), list(call.keywords)
+                call.keywords = [k for k in kept if k is not keyword]
+                yield Mutant(
+                    module, call.lineno, function.name, before, ast.unparse(call), ast.unparse(copy.deepcopy(tree))
+                )
+                call.keywords = kept
+
+
+def mutants_of(op: str) -> list[Mutant]:
+    """Every mutant of an operator's kernels."""
+    module = f"{table.KERNELS}.{op}"
+    source = Path(str(importlib.import_module(module).__file__)).read_text()
+    names = kernels_of(source)
+    return [*mutants(module, source, names), *dropped_keywords(module, source, names)]
+
+
+def cases_of(op: str) -> list[tuple[str, int]]:
+    """(module, index) of the cases that run an operator's kernels, the shortest names first."""
+    found = []
+    for module in case_modules(ROOT).values():
+        cases = importlib.import_module(module)
+        runs = getattr(cases, "KERNELS_OF", None)
+        for index, case in enumerate(cases.CASES):
+            if op in (runs(case) if runs else (case.op,)):
+                found.append((module, index))
+    return found
+
+
+def survive(mutant: Mutant, cases: Sequence[tuple[str, int]]) -> int:
+    """In a child of its own: 0 when no case notices, 1 when one does."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for name in list(sys.modules):  # whatever has been imported already would hide the mutant
+        if name.startswith((table.KERNELS, "tests.gpu.")):
+            del sys.modules[name]
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:  # the interpreter reads the source again
+        file.write(mutant.source)
+        file.flush()
+        try:
+            importlib.import_module(table.KERNELS)
+            spec = importlib.util.spec_from_loader(mutant.module, SourceFileLoader(mutant.module, file.name))
+            assert spec and spec.loader
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[mutant.module] = module
+            spec.loader.exec_module(module)
+            from ridgeline.backends.cuda.ladder.accuracy import check
+            from ridgeline.backends.cuda.ladder.interpret import run
+
+            for name, index in cases:
+                signal.setitimer(signal.ITIMER_REAL, CASE_SECONDS)
+                loaded = importlib.import_module(name)
+                climb = loaded.build(loaded.CASES[index], "sm_90")
+                run(climb.launches)
+                for expected in climb.expected:
+                    check(expected)
+        except BaseException:
+            return 1
+    return 0
+
+
+def fork(mutant: Mutant, cases: Sequence[tuple[str, int]]) -> int:
+    """Starts a child for a mutant; returns its process id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        os._exit(survive(mutant, cases))
+    return child
+
+
+def survivors(chosen: Sequence[Mutant], cases: Sequence[tuple[str, int]], jobs: int) -> list[Mutant]:
+    """Those of the mutants that no case notices."""
+    alive: list[Mutant] = []
+    running: dict[int, Mutant] = {}
+    waiting = list(reversed(chosen))
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            mutant = waiting.pop()
+            running[fork(mutant, cases)] = mutant
+        child, status = os.wait()
+        mutant = running.pop(child)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
+            alive.append(mutant)
+    return sorted(alive, key=lambda m: m.line)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("op", nargs="?", help="an operator; all if none")
+    parser.add_argument("--sample", type=int, default=0, help="mutants of each operator, evenly spread; 0: all")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    total = killed = explained = 0
+    for op in [options.op] if options.op else table.names():
+        chosen = mutants_of(op)
+        if options.sample and options.sample < len(chosen):
+            chosen = [chosen[int(i)] for i in np.linspace(0, len(chosen) - 1, options.sample)]
+        cases = cases_of(op)
+        clean = Mutant(
+            "", 0, "", "", "", Path(str(importlib.import_module(f"{table.KERNELS}.{op}").__file__)).read_text()
+        )
+        if survivors([Mutant(f"{table.KERNELS}.{op}", 0, "", "", "", clean.source)], cases, 1) == []:
+            sys.exit(f"{op}: its cases fail without a change")
+        alive = survivors(chosen, cases, options.jobs)
+        same = [m for m in alive if (m.before, m.after) in EQUIVALENT]
+        total, killed, explained = total + len(chosen), killed + len(chosen) - len(alive), explained + len(same)
+        print(f"{op}: {len(chosen) - len(alive)} of {len(chosen)} killed, {len(same)} equivalent", flush=True)
+        for mutant in alive:
+            if mutant not in same:
+                print(f"    {mutant.scope}:{mutant.line}: {mutant.before}  ->  {mutant.after}")
+    print(f"{killed} of {total} killed, {100 * killed / (total - explained):.1f}% of those that change anything")
+
+
+if __name__ == "__main__":
+    main()
