@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ import torch
 from ridgeline.backends.cuda.gemm import Epilogue, Scratch
 from ridgeline.backends.cuda.kernels.linear import linear, linear_scratch
 from ridgeline.backends.cuda.kernels.linear_fp8 import BLOCK, linear_fp8, linear_fp8_scratch, scale_shapes
+from ridgeline.backends.cuda.kernels.linear_int4 import linear_int4, linear_int4_scratch, pack
 from ridgeline.backends.cuda.kernels.linear_int8 import linear_int8, linear_int8_scratch
 from ridgeline.backends.cuda.ladder.climb import Climb, Expected
+from ridgeline.backends.reference.numerics import rounded
 from ridgeline.backends.reference.ops import run_op
 from tests.cases import ROW_CASES, RowCase, seed_of
 from tests.gpu.row_cases import exact, numbers, tensor
@@ -29,9 +31,10 @@ class LinearCase:
 
     Attributes:
         op: the kernel's file.
-        kind: of the weight: "f16", "bf16", "int8"; of FP8, how it is scaled.
+        kind: of the weight: "f16", "bf16", "int8"; of FP8, how it is scaled; of 4-bit codes, their group and offset.
         out: dtype of the output.
         after: of "bias", "silu_mul" and "residual".
+        programs: so many take turns; None as launched.
     """
 
     op: str
@@ -41,12 +44,14 @@ class LinearCase:
     kind: str
     out: str = "f32"
     after: tuple[str, ...] = ()
+    programs: int | None = None
 
     @property
     def name(self) -> str:
         """For test ids."""
         after = "".join(f"-{a}" for a in self.after)
-        return f"{self.op}-{self.rows}x{self.k}-{self.kind}x{self.n}-{self.out}{after}"
+        turns = f"-by{self.programs}" if self.programs else ""
+        return f"{self.op}-{self.rows}x{self.k}-{self.kind}x{self.n}-{self.out}{after}{turns}"
 
 
 def _fits(case: RowCase) -> bool:
@@ -65,6 +70,8 @@ def _floats() -> list[LinearCase]:
     for after in (("bias",), ("residual",), ("bias", "residual"), ("silu_mul", "residual"), EVERYTHING):
         cases += [LinearCase("linear", rows, 160, 64, "bf16", out, after) for rows, out in ((2, "f32"), (70, "bf16"))]
     cases += [LinearCase("linear", 5, 33, k, "bf16", "bf16") for k in (1, 7, 8, 33, 63, 64, 65)]
+    # Fewer programs than tiles, or than parts of tiles: each takes several.
+    cases += [LinearCase("linear", rows, 300, 520, "bf16", "bf16", (), 3) for rows in (2, 40, 130)]
     return cases
 
 
@@ -76,6 +83,7 @@ def _narrow(op: str, kinds: tuple[str, ...]) -> list[LinearCase]:
         cases += [LinearCase(op, 3, n, 144, kind) for n in (1, 31, 64, 129)]
         cases += [LinearCase(op, 2, 33, k, kind) for k in (1, 31, 127, 128, 130)]
         cases += [LinearCase(op, rows, 288, 128, kind, "bf16", EVERYTHING) for rows in (2, 20, 66)]
+        cases += [LinearCase(op, rows, 130, 1040, kind, "bf16", (), 2) for rows in (2, 66)]
     return cases
 
 
@@ -84,6 +92,7 @@ CASES: list[RowCase | LinearCase] = [
     *_floats(),
     *_narrow("linear_int8", ("int8",)),
     *_narrow("linear_fp8", ("tensor", "row", "block")),
+    *_narrow("linear_int4", ("32-eight", "32-minimum", "64-zero", "128-zero")),
 ]
 
 
@@ -97,8 +106,10 @@ def build(case: RowCase | LinearCase, arch: str, only: int | None = None) -> Cli
         twin = LinearCase("linear", case.rows, n, case.widths[0], kind, attrs.get("quantize") or "f32", after)
         return _linear(twin, arch, rng, only, case.numbers)
     rng = np.random.default_rng(zlib.crc32(case.name.encode()))
-    makers: dict[str, Callable[..., Climb]] = {"linear": _linear, "linear_int8": _int8, "linear_fp8": _fp8}
-    return makers[case.op](case, arch, rng, only)
+    built = MAKERS[case.op](case, arch, rng, only)
+    if case.programs is None:
+        return built
+    return Climb([replace(launch, grid=(case.programs,)) for launch in built.launches], built.expected)
 
 
 def _pick(x: np.ndarray, only: int | None) -> np.ndarray:
@@ -234,3 +245,43 @@ def _fp8_numbers(
         columns = np.repeat(w_scale[:, g], BLOCK)[: len(w)]
         y = y + product(x[:, at], w[:, at]) * (x_scale[:, g : g + 1] * columns)
     return y
+
+
+def _int4(case: LinearCase, arch: str, rng: np.random.Generator, only: int | None) -> Climb:
+    group, offset = int(case.kind.split("-")[0]), case.kind.split("-")[1]
+    dtype = "f16" if offset == "eight" else "bf16"
+    groups = -(-case.k // group)
+    codes = rng.integers(0, 16, (case.n, case.k)).astype(np.uint8)
+    scales = _scales(rng, (case.n, groups)).astype(np.float16)
+    offsets = rng.integers(0, 16, (case.n, groups)) if offset == "zero" else -8 * _scales(rng, (case.n, groups))
+    x = tensor(_pick(numbers(rng, (case.rows, case.k)), only), dtype)
+    packed, packed_scales = pack(torch.from_numpy(codes), torch.from_numpy(scales), group)
+    packed_offsets = pack(torch.from_numpy(codes), torch.from_numpy(offsets.astype(np.float16)), group)[1]
+    after = _After(case, rng, only)
+    scratch = _scratch(linear_int4_scratch(len(x), case.n, case.k, group))
+    launches = linear_int4(
+        x,
+        packed,
+        packed_scales,
+        after.out,
+        arch,
+        group=group,
+        offset=offset,
+        offsets=None if offset == "eight" else packed_offsets,
+        after=after.epilogue,
+        **scratch,
+    )
+    s, o = (np.repeat(t.astype(np.float64), group, axis=1)[:, : case.k] for t in (scales, offsets.astype(np.float16)))
+    c = codes.astype(np.float64)
+    w = c * s + o if offset == "minimum" else (c - (8 if offset == "eight" else o)) * s
+    truth = exact(x).astype(np.float64) @ w.T
+    plain = plain_linear(exact(x), rounded(w.astype(np.float32), dtype), None)
+    return Climb(launches, (after.expected(truth, plain),))
+
+
+MAKERS: dict[str, Callable[..., Climb]] = {
+    "linear": _linear,
+    "linear_int8": _int8,
+    "linear_fp8": _fp8,
+    "linear_int4": _int4,
+}

@@ -208,14 +208,24 @@ def operands(x: torch.Tensor, w: torch.Tensor, tile: Tile, arch: str) -> tuple[d
 
 def check(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, after: Epilogue) -> None:
     """Raises ValueError for operands that do not make a product."""
-    (m, k), n = x.shape, w.shape[0]
-    width = n // 2 if after.silu_mul else n
-    if x.dtype != w.dtype or w.shape[1] != k or tuple(out.shape) != (m, width):
-        raise ValueError(f"x {x.dtype} {tuple(x.shape)} by w {w.dtype} {tuple(w.shape)} into {tuple(out.shape)}")
-    if after.silu_mul and n % 32:
-        raise ValueError(f"gate and up take turns every 16 rows: N is a multiple of 32, not {n}")
+    if x.dtype != w.dtype or w.shape[1] != x.shape[1]:
+        raise ValueError(f"x {x.dtype} {tuple(x.shape)} by w {w.dtype} {tuple(w.shape)}")
     if any(t.stride(1) != 1 for t in (x, w, out)):
         raise ValueError("rows must be contiguous")
+    check_shapes(x.shape[0], w.shape[0], out, after)
+
+
+def check_shapes(m: int, n: int, out: torch.Tensor, after: Epilogue) -> None:
+    """Raises ValueError for an output, or for tensors of what follows the sum, that do not fit [m, n]."""
+    if after.silu_mul and n % 32:
+        raise ValueError(f"gate and up take turns every 16 rows: N is a multiple of 32, not {n}")
+    shape = (m, n // 2 if after.silu_mul else n)
+    if tuple(out.shape) != shape:
+        raise ValueError(f"the output is {tuple(out.shape)}, wanted {shape}")
+    if after.bias is not None and (tuple(after.bias.shape) != (n,) or after.bias.stride(0) != 1):
+        raise ValueError(f"the bias is {tuple(after.bias.shape)}, wanted {(n,)}, contiguous")
+    if after.residual is not None and (tuple(after.residual.shape) != shape or after.residual.stride(1) != 1):
+        raise ValueError(f"the residual is {tuple(after.residual.shape)}, wanted {shape}, rows contiguous")
 
 
 def check_scales(
