@@ -214,7 +214,13 @@ class ExactBuilder(InterpreterBuilder):  # type: ignore[misc]
         return TensorHandle(encode(dot(left, right, decode(d.data, dtype)), dtype), dtype)
 
     def create_masked_load(
-        self, ptrs: TensorHandle, mask: TensorHandle, other: TensorHandle | None, cache: Any, evict: Any, volatile: Any
+        self,
+        ptrs: TensorHandle,
+        mask: TensorHandle,
+        other: TensorHandle | None,
+        cache_modifier: Any,
+        eviction_policy: Any,
+        is_volatile: Any,
     ) -> TensorHandle:
         """A load whose live lanes are checked; the others, given no value, hold what a register may hold: anything."""
         self.guard.load(self._region(ptrs), self._live(ptrs, mask), self._item(ptrs))
@@ -224,15 +230,16 @@ class ExactBuilder(InterpreterBuilder):  # type: ignore[misc]
             # A large number: a NaN would be passed over by a maximum.
             anything = np.frombuffer(b"\x7b" * stored.itemsize, stored) if stored != np.bool_ else np.ones(1, bool)
             other = TensorHandle(np.full(ptrs.data.shape, anything[0], dtype=stored), dtype)
-        result: TensorHandle = super().create_masked_load(ptrs, mask, other, cache, evict, volatile)
+        how = (cache_modifier, eviction_policy, is_volatile)
+        result: TensorHandle = super().create_masked_load(ptrs, mask, other, *how)
         return result
 
     def create_masked_store(
-        self, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, cache: Any, evict: Any
+        self, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, cache_modifier: Any, eviction_policy: Any
     ) -> Any:
         """A store whose live lanes are checked."""
         self.guard.store(self._region(ptrs), self._live(ptrs, mask), self._item(ptrs))
-        return super().create_masked_store(ptrs, value, mask, cache, evict)
+        return super().create_masked_store(ptrs, value, mask, cache_modifier, eviction_policy)
 
     def create_atomic_rmw(
         self, op: Any, ptr: TensorHandle, val: TensorHandle, mask: TensorHandle, sem: Any, scope: Any
@@ -348,7 +355,7 @@ def _descriptor_pointers(original: Any) -> Any:
     def materialize(self: Any, *args: Any) -> Any:
         pointers, masks = original(self, *args)
         pointers.attr["origin"] = self.base.attr.get("origin")
-        return pointers, masks
+        return pointers, TensorHandle(masks, tl.int1)  # a bare array in the stock interpreter
 
     return materialize
 
