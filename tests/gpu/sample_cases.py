@@ -52,6 +52,9 @@ CASES += [
     SampleCase(1, "temperature"),
     SampleCase(2048, "top_p", sharp=30.0, rows=3),
 ]
+CASES += [SampleCase(60, "penalties", sharp=0.5, rows=24), SampleCase(60, "all", sharp=0.5, rows=16)]
+CASES += [SampleCase(40, kind, sharp=0.3, rows=32) for kind in ("top_k", "top_p")]
+CASES += [SampleCase(400, "bits", rows=16), SampleCase(30, "ulps", rows=16)]
 
 
 def _parameters(case: SampleCase, rng: np.random.Generator) -> np.ndarray:
@@ -60,7 +63,9 @@ def _parameters(case: SampleCase, rng: np.random.Generator) -> np.ndarray:
     rows["seed"] = rng.integers(0, 2**63, case.rows, dtype=np.uint64)
     rows["sample_index"] = rng.integers(0, 4, case.rows)
     rows["top_p"] = 1.0
-    if case.kind in ("top_k", "all"):
+    if case.kind in ("bits", "ulps"):
+        rows["temperature"] = 1.0
+    if case.kind in ("top_k", "ulps", "all"):
         rows["top_k"] = rng.integers(0, min(60, case.vocab), case.rows)
     if case.kind in ("top_p", "all"):
         rows["top_p"] = rng.choice([0.1, 0.5, 0.9, 0.99, 1.0], case.rows)
@@ -80,6 +85,13 @@ def build(case: SampleCase, arch: str, only: int | None = None) -> Climb:
         logits = np.round(logits * case.levels / case.sharp / 4).astype(np.float32)
     if case.kind == "bad":
         logits[0, 7], logits[1, 9], logits[2, :] = np.nan, np.inf, -np.inf  # each of them refused
+    if case.kind == "ulps":  # neighbouring numbers on both sides of 0, which only the last digit of a key tells apart
+        steps = rng.permuted(np.tile(np.arange(case.vocab, dtype=np.int32), (case.rows, 1)), axis=1)
+        logits = (np.float32(0.5).view(np.int32) + steps).view(np.float32) * rng.choice([-1, 1], (case.rows, 1))
+        logits = logits.astype(np.float32)
+    if case.kind == "bits":  # every score is a rounding error from 0: the winner is told by the noise's last bits
+        noises = [noise(r, int(p), case.vocab) for r, p in zip(rows, positions, strict=True)]
+        logits = -np.stack(noises)
     state = _State(case, rng)
     index = np.arange(case.rows) if only is None else np.array([only])
     expected = [reference_of(case, logits[r], rows[r], int(positions[r]), state, int(r)) for r in index]
@@ -104,7 +116,7 @@ def build(case: SampleCase, arch: str, only: int | None = None) -> Climb:
         logprobs,
         slots=torch.from_numpy(state.slots[index]),
         **state.tensors(index),
-        filters=case.kind in ("top_k", "top_p", "all"),
+        filters=case.kind in ("top_k", "top_p", "ulps", "all"),
         arch=arch,
     )
     truth = np.array([t for t, _ in expected], np.float64)
@@ -180,6 +192,46 @@ def reference_of(
     asked["num_logprobs"] = 0
     if not np.isfinite(logits).all():
         return -1, float("nan")
+    if case.kind == "bits":
+        z = logits - logits.max()
+        token = int(np.argmax(z + noise(row, position, case.vocab)))
+        x = logits.astype(np.float64)
+        return token, float(x[token] - x.max() - np.log(np.exp(x - x.max()).sum()))
     allowed = state.allowed[index] if case.kind in ("mask", "all") else None
     sampled = reference.sample(logits, asked, position, allowed, state.adjust(logits, index))
     return sampled.token, sampled.logprob
+
+
+F32 = np.float32
+
+
+def noise(row: np.void, position: int, vocab: int) -> np.ndarray:
+    """csrc/cpu/kernels/noise.h in numpy: float32, one rounding an operation."""
+    quads = np.arange(-(-vocab // 4), dtype=np.uint64)
+    counter = np.zeros((len(quads), 4), np.uint64)
+    counter[:, 0], counter[:, 1], counter[:, 2] = position, row["sample_index"], quads
+    key = (int(row["seed"]) & 0xFFFFFFFF, int(row["seed"]) >> 32)
+    w = (reference.philox4x32_10(counter, key).reshape(-1)[:vocab] >> np.uint32(8)).astype(np.int64)
+    rest = (0x1000000 - w).astype(F32) - F32(0.5)
+    near = _log1p(-rest * F32(2.0**-24))
+    middle = _log1p(F32(1) - rest * F32(2.0**-23)) - F32(0.69314718)
+    far = _log((w.astype(F32) + F32(0.5)) * F32(2.0**-24))
+    log_u = np.where(w >= 11863283, near, np.where(w >= 0x800000, middle, far))
+    return -_log(-log_u)
+
+
+def _log1p(f: np.ndarray) -> np.ndarray:
+    s = f / (F32(2) + f)
+    q = s * s
+    p = F32(2 / 11)
+    for term in (2 / 9, 2 / 7, 2 / 5, 2 / 3):
+        p = p * q + F32(term)
+    return F32(2) * s + s * q * p
+
+
+def _log(x: np.ndarray) -> np.ndarray:
+    b = x.view(np.int32)
+    m = (b & 0x7FFFFF | 0x3F800000).view(F32)
+    upper = m > F32(1.41421356)
+    e = (b >> 23) - 127 + upper
+    return e.astype(F32) * F32(0.69314718) + _log1p(np.where(upper, m * F32(0.5), m) - F32(1))

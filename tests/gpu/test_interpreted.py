@@ -9,16 +9,19 @@ import torch
 
 from ridgeline.backends.cuda.ladder.accuracy import check
 from ridgeline.backends.cuda.ladder.interpret import run
-from tests.gpu import row_cases, sample_cases
+from ridgeline.backends.cuda.launch import ARCHS
+from tests.gpu import linear_cases, row_cases, sample_cases
 
-MODULES = (row_cases, sample_cases)
+MODULES = (row_cases, linear_cases, sample_cases)
 CASES = [(module, case) for module in MODULES for case in module.CASES]
+BOTH = (linear_cases,)  # of which the architectures have different kernels
+BUILDS = [(m, c, arch) for m, c in CASES for arch in (ARCHS if m in BOTH else ("sm_90",))]
 
 
-@pytest.mark.parametrize(("module", "case"), CASES, ids=[case.name for _, case in CASES])
-def test_case(module: Any, case: Any) -> None:
+@pytest.mark.parametrize(("module", "case", "arch"), BUILDS, ids=[f"{c.name}-{arch}" for _, c, arch in BUILDS])
+def test_case(module: Any, case: Any, arch: str) -> None:
     """Accurate, in bounds, every element written; the same bits in any order of programs."""
-    climb = module.build(case, "sm_90")
+    climb = module.build(case, arch)
     before = {id(t): t.clone() for launch in climb.launches for t in launch.args.values() if hasattr(t, "clone")}
     run(climb.launches)
     for expected in climb.expected:
