@@ -29,10 +29,6 @@ class Fairness:
         self.excused = {id(r) for r in self.waited if self.may_park(r)}
         self.tokens = counts.tokens
 
-    def turn(self, record: Record) -> tuple[int, int]:
-        """Its place in the queue: each level of priority is worth so many steps of waiting, then who came first."""
-        return record.launches + record.case.priority * self.limits.priority_aging_steps, record.order
-
     def may_park(self, record: Record) -> bool:
         """Whether somebody who runs computes what it shares with him: a block at least, or the same prompt."""
         for other in self.oracles.records:
@@ -48,9 +44,9 @@ class Fairness:
         started = [r for r in self.waited if r.request.slot >= 0 or r.fed > self.fed[id(r)]]
         still = [r for r in self.waited if r.live and view.queued(r.request)]
         if started and still:
-            first = min(map(self.turn, still))
+            first = min(map(self.oracles.turn, still))
             for record in started:
-                must(self.turn(record) < first, f"case {record.case.number} has overtaken another that waits")
+                must(self.oracles.turn(record) < first, f"case {record.case.number} has overtaken another that waits")
         parked = [r for r in self.waited if r.live and view.parked(r.request)]
         for record in parked:
             must(id(record) in self.excused or self.may_park(record), "a request is parked, and nobody computes for it")

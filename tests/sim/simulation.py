@@ -19,6 +19,8 @@ from tests.sim.executor import Fault, SimModel
 from tests.sim.fairness import Fairness
 from tests.sim.model import NAN_SEED, Answer, Letters, Row, answer, row_of, state_row, states
 from tests.sim.oracles import Oracles, Record, must
+from tests.sim.pressure import Pressure
+from tests.sim.reuse import Reuse
 from tests.sim.workload import Case, Scenario, blocks_for
 
 
@@ -79,6 +81,8 @@ class Simulation:
             view.truncate_hashes(self.engine, scenario.hash_bits)
         self.oracles = Oracles(scenario, self.engine, self.model)
         self.fairness = Fairness(self.oracles)
+        self.pressure = Pressure(self.oracles)
+        self.reuse = Reuse(self.oracles)
         self.step = 0
         self.failed = False
 
@@ -104,6 +108,8 @@ class Simulation:
         """One step of the engine; when it fails, it must have dropped everything, and serve again."""
         oracles = self.oracles
         self.fairness.before_step()
+        self.pressure.before_step()
+        self.reuse.before_step()
         try:
             self.engine.step()
         except Fault:
