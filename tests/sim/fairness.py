@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.sim import view
-from tests.sim.executor import took
+from tests.sim.model import took
 from tests.sim.oracles import Oracles, Record, common, must
 
 
@@ -24,10 +24,15 @@ class Fairness:
         """Note who waits and who runs."""
         live, counts = self.oracles.live, self.oracles.model.counts
         self.waited = [r for r in live if r.request.slot < 0]
-        self.running = [(r, r.fed, bool(r.request.output_ids)) for r in live if r.request.slot >= 0]
+        self.running = [(r, r.fed, self.decodes(r)) for r in live if r.request.slot >= 0]
         self.fed = {id(r): r.fed for r in live}
         self.excused = {id(r) for r in self.waited if self.may_park(r)}
         self.tokens = counts.tokens
+
+    def decodes(self, record: Record) -> bool:
+        """Whether all that is known of a running request is computed, but the token sampled last."""
+        at = self.oracles.model.reader.slots[record.request.slot].next
+        return bool(record.request.output_ids) and at + 1 >= len(record.tokens())
 
     def may_park(self, record: Record) -> bool:
         """Whether somebody who runs computes what it shares with him: a block at least, or the same prompt."""
@@ -65,7 +70,8 @@ class Fairness:
         model, limits, target = self.oracles.model, self.limits, self.limits.step_target_us
         tokens = model.counts.tokens - self.tokens
         decodes = sum(decodes for _, _, decodes in self.running)
-        if target is None or self.oracles.scenario.jumps or limits.speculation or not decodes or tokens <= decodes:
+        served = sum(decodes and r.fed > fed for r, fed, decodes in self.running)
+        if target is None or self.oracles.scenario.jumps or not served or tokens <= served:
             return
         cut = any(
             r.live and not r.request.output_ids and r.hit + r.fed < len(r.case.prompt) for r, _, _ in self.running

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from ridgeline.engine.engine import Engine
 from ridgeline.engine.request import Request
-from ridgeline.scheduler.ngram import FIRST_DRAFTS
 from tests.sim import view
 from tests.sim.batches import Step, Work
 from tests.sim.executor import SimModel
+from tests.sim.guesses import Guesser
 from tests.sim.model import Solo
 from tests.sim.workload import Case, Scenario
 
@@ -44,7 +44,7 @@ class Record:
         reads: its text as a reader got it, in pieces.
         aborted: whether an abort was asked for while it had not ended.
         last, tables: number of the last launched step with tokens of it, and its block tables then.
-        earned: most guesses that its last ones have earned it.
+        guesser: what its guesses so far allow it.
     """
 
     case: Case
@@ -63,7 +63,7 @@ class Record:
     aborted: bool = False
     last: int = 0
     tables: list[list[int]] = field(default_factory=list)
-    earned: int = FIRST_DRAFTS
+    guesser: Guesser = field(default_factory=Guesser)
 
     @property
     def live(self) -> bool:
@@ -147,10 +147,14 @@ class Oracles:
 
     def _account(self, record: Record, work: Work) -> None:
         record.fed += len(work.tokens)
+        request, guesser = record.request, record.guesser
+        guesser.learn(request.preemptions)
         if work.drafts:
-            drafts = work.tokens[work.rows[0][0] + 1 :]
+            drafts, length = work.tokens[work.rows[0][0] + 1 :], len(request.output_ids)
             record.drafted += len(drafts)
-            self._drafts(record, drafts)
+            wrong = guesser.wrong(drafts, record.tokens(), length, self.scenario.limits)
+            must(not wrong, wrong)
+            guesser.last = work, length, request.preemptions
         if record.started is None:
             record.started = self.model.counts.steps + 1
             record.hit = work.first
@@ -160,18 +164,6 @@ class Oracles:
             if self.shares_exactly(record):
                 expected = self.expected_hit(record)
                 must(work.first >= expected, f"{expected} tokens are cached, {work.first} were used")
-
-    def _drafts(self, record: Record, drafts: list[int]) -> None:
-        """Drafts are what followed the longest end of the text that was met before, the last time it was met."""
-        limits, known = self.scenario.limits, record.tokens()
-        must(len(drafts) <= limits.num_draft_tokens, "more drafts than may be")
-        for size in range(limits.ngram_max, limits.ngram_min - 1, -1):
-            for at in range(len(known) - 1, size - 1, -1):
-                if known[at - size : at] == known[-size:]:
-                    follow = known[at:]
-                    must(drafts == [follow[i % len(follow)] for i in range(len(drafts))], "drafts from nowhere")
-                    return
-        raise Violation("drafts without an earlier occurrence")
 
     def shares_exactly(self, record: Record) -> bool:
         """Whether it can be said how much a request must find in the cache."""

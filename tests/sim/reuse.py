@@ -102,7 +102,9 @@ class Reuse:
             assert leader is not None
             if self.settled(leader) < len(leader.case.prompt) - 1:
                 return
-        usable, own, most = self.usable(chains, record), record.tokens(), self.shareable(record)
+        own, most = record.tokens(), self.shareable(record)
+        # With windows some of the blocks that it waits for may turn out not to be needed.
+        usable = 0 if any(self.windows) else self.usable(chains, record)
         for other in running:
             if other.case.salt == record.case.salt:
                 shared = min(common(own, other.tokens()), most) // size * size

@@ -9,7 +9,7 @@ from typing import Any
 
 from ridgeline.core.types import SamplingParams
 from ridgeline.engine.engine import EngineLimits
-from tests.sim.model import NAN_SEED, Rules, answer_tokens, letter
+from tests.sim.model import NAN_SEED, Rules, answer_tokens, letter, took
 
 BLOCK_SIZES = (1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 8, 16, 32)
 
@@ -23,6 +23,7 @@ class Case:
         arrival: step before which it is submitted.
         prompt, params, priority, salt, stream: as ``make_requests`` takes them.
         pooling: "mean" or "last" for a request that is only read.
+        late: steps after the first of its samples at which the others are submitted.
         abort_after: steps from its arrival until one of its samples is aborted; None: never.
         reader: of its text: "eager" after every step, "lazy" now and then, "stalled" never until it has ended.
     """
@@ -35,6 +36,7 @@ class Case:
     salt: str | None = None
     stream: bool = False
     pooling: str | None = None
+    late: int = 0
     abort_after: int | None = None
     reader: str = "eager"
 
@@ -90,7 +92,10 @@ def draw(seed: int) -> Scenario:
         faults = [(rng.choice(kinds), rng.randint(1, 25)) for _ in range(rng.randint(1, 4))]
     jumps = {}
     if limits.step_target_us is not None:
-        jumps = {rng.randint(1, 60): rng.choice((-1, 1)) * rng.randint(1, 10**6) for _ in range(rng.randint(0, 4))}
+        jumps = {
+            rng.randint(1, 60): rng.choice((-1, 1)) * rng.randint(1, 10**6)
+            for _ in range(rng.choice((0, 0, 0, 1, 2, 4)))
+        }
     return Scenario(
         seed, limits, rules, eos, rng.random() < 0.4, rng.choice((None, None, None, None, 0, 2, 4)), roomy, cases,
         faults, jumps,
@@ -132,8 +137,13 @@ def _limits(
         max_queued_tokens=rng.randint(20, 200) if rng.random() < 0.1 else None,
         max_preemptions=rng.choice((0, 1, 2, 4)),
         priority_aging_steps=rng.choice((1, 4, 16, 256)),
-        step_target_us=rng.randint(70, 500) if rng.random() < 0.25 else None,
+        step_target_us=_target(rng) if rng.random() < (0.35 if roomy else 0.2) else None,
     )
+
+
+def _target(rng: Random) -> int:
+    """A latency target, often one that a step can hit exactly."""
+    return rng.choice((rng.randint(70, 500), took(rng.randint(1, 20))))
 
 
 def _cases(rng: Random, rules: Rules, eos: frozenset[int], max_len: int) -> list[Case]:
@@ -158,7 +168,8 @@ def _cases(rng: Random, rules: Rules, eos: frozenset[int], max_len: int) -> list
                 salt=None if pooling or not salted else rng.choice((None, "a", "b")),
                 stream=not pooling and rng.random() < 0.15,
                 pooling=pooling,
-                abort_after=rng.randint(0, 25) if rng.random() < aborts else None,
+                late=rng.randint(1, 12) if params.n > 1 and rng.random() < 0.25 else 0,
+                abort_after=rng.randint(0, rng.choice((3, 25))) if rng.random() < aborts else None,
                 reader=rng.choice(("eager", "lazy", "stalled")),
             )
         )
