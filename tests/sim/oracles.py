@@ -44,6 +44,8 @@ class Record:
         reads: its text as a reader got it, in pieces.
         aborted: whether an abort was asked for while it had not ended.
         last, tables: number of the last launched step with tokens of it, and its block tables then.
+        caught_up: whether all its known tokens have been launched, since it started the last time.
+        gave_way: how often it had been preempted when it was launched last.
         guesser: what its guesses so far allow it.
     """
 
@@ -63,6 +65,8 @@ class Record:
     aborted: bool = False
     last: int = 0
     tables: list[list[int]] = field(default_factory=list)
+    caught_up: bool = False
+    gave_way: int = 0
     guesser: Guesser = field(default_factory=Guesser)
 
     @property
@@ -148,6 +152,9 @@ class Oracles:
     def _account(self, record: Record, work: Work) -> None:
         record.fed += len(work.tokens)
         request, guesser = record.request, record.guesser
+        if record.gave_way != request.preemptions:
+            record.gave_way, record.caught_up = request.preemptions, False
+        record.caught_up |= work.end >= len(record.tokens())
         guesser.learn(request.preemptions)
         if work.drafts:
             drafts, length = work.tokens[work.rows[0][0] + 1 :], len(request.output_ids)
@@ -199,6 +206,7 @@ class Oracles:
         must(len(self.model.open) == view.open_steps(self.engine), "the engine has lost count of its open steps")
         for group in range(len(self.poisoned)):
             self._blocks(group, open_work)
+        self._reported()
         slots = [r.request.slot for r in self.live if r.request.slot >= 0]
         must(len(set(slots)) == len(slots), "two requests own one slot")
         for record in self.live:
@@ -210,6 +218,17 @@ class Oracles:
                 not self.scenario.roomy or not record.request.preemptions,
                 "a request gave way though there is room for all",
             )
+
+    def _reported(self) -> None:
+        """What the engine says of itself."""
+        engine, groups = self.engine, range(len(self.poisoned))
+        running = sum(r.request.slot >= 0 for r in self.live)
+        told = (engine.num_running, engine.num_waiting)
+        must(told == (running, len(self.live) - running), f"{told} are said to run and to wait")
+        cached = sum(len(view.cached(engine, g)) for g in groups)
+        idle = cached + sum(len(view.free(engine, g)) for g in groups)
+        held = sum(self.scenario.limits.num_blocks) - idle
+        must((engine.num_cached_blocks, engine.num_held_blocks) == (cached, held), "blocks are miscounted")
 
     def _blocks(self, group: int, open_work: list[Work]) -> None:
         """Recount the blocks of one group, and overwrite those that became free."""

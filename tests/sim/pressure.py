@@ -74,10 +74,15 @@ class Pressure:
                 excused = other.record.request.slot in slots or self.comes_first(other)
                 must(excused, "a request gave way, and one that comes after it did not")
             earlier = [x for x in self.ran if x is not victim and (x.turn < victim.turn or self.comes_first(x))]
+            lack = any(x.record.request.slot not in slots for x in earlier)
             must(
-                not later or any(self.needed(x, slots) for x in earlier),
+                not later or lack or self.taken(stay) > min(self.available),
                 "a request gave way to one that comes after it",
             )
+
+    def taken(self, stay: list[Ran]) -> int:
+        """Blocks of each group that the step has given to those who ran before it."""
+        return sum(len(view.table(x.record.request, 0)) - x.blocks for x in stay)
 
     def wanted(self, ran: Ran) -> int:
         """Most blocks that a step could give it: for all its tokens, those under way, and guesses."""
@@ -89,11 +94,6 @@ class Pressure:
     def comes_first(self, ran: Ran) -> bool:
         """Whether it has given way so often that it does so no more."""
         return ran.preemptions >= self.limits.max_preemptions
-
-    def needed(self, ran: Ran, slots: set[int]) -> bool:
-        """Whether it got blocks in this step, or lacks them still."""
-        slot = ran.record.request.slot
-        return slot not in slots or len(view.table(ran.record.request, 0)) > ran.blocks
 
     def left_out(self, step: Step, absent: list[Record], available: list[int]) -> None:
         """Who runs and is not in a step lacks a block, or reads its prompt while the step's tokens are used up."""

@@ -20,13 +20,16 @@ class Reuse:
         self.oracles, self.engine = oracles, oracles.engine
         self.limits, self.windows = oracles.scenario.limits, oracles.scenario.rules.windows
         self.sharing = self.limits.prefix_sharing
+        self.exact = self.sharing and oracles.scenario.hash_bits is None
         self.aging = [Aging(oracles, group) for group in range(len(self.windows))]
         self.running: set[int] = set()  # by id(), before the step
+        self.parked: set[int] = set()
         oracles.watchers.append(self.launched)
 
     def before_step(self) -> None:
         """Note what is cached and who runs."""
         self.running = {id(r) for r in self.oracles.live if r.request.slot >= 0}
+        self.parked = {id(r) for r in self.oracles.live if view.parked(r.request)}
         if self.sharing:
             for aging in self.aging:
                 aging.before_step()
@@ -42,8 +45,11 @@ class Reuse:
         queued = [r for r in live if view.queued(r.request)]
         started = {r.request.slot: r for r in running if id(r) not in self.running}
         self.tidy(running)
-        if started or parked or queued:
+        look = self.exact and step.work[0].first % 4 == 0
+        if started or parked or queued or look:
             chains = view.Chains(self.engine)
+            for record in running if look else ():
+                self.is_indexed(chains, record)
             for work in step.work:
                 record = started.get(work.slot)
                 if record is not None:
@@ -102,15 +108,28 @@ class Reuse:
             assert leader is not None
             if self.settled(leader) < len(leader.case.prompt) - 1:
                 return
-        own, most = record.tokens(), self.shareable(record)
-        # With windows some of the blocks that it waits for may turn out not to be needed.
-        usable = 0 if any(self.windows) else self.usable(chains, record)
-        for other in running:
-            if other.case.salt == record.case.salt:
-                shared = min(common(own, other.tokens()), most) // size * size
-                if shared > max(usable, self.settled(other)):
-                    return
-        must(False, f"case {record.case.number} waits for tokens that are there, or that nobody will compute")
+        own, most, usable = record.tokens(), self.shareable(record), self.usable(chains, record)
+        others = [r for r in running if r.case.salt == record.case.salt]
+        computes = [(self.settled(r), min(common(own, r.tokens()), most) // size * size) for r in others]
+        if id(record) in self.parked:
+            # As others come and go some of the blocks that it waits for may turn out not to be needed.
+            fine = any(have < shared for have, shared in computes)
+        else:
+            fine = any(max(have, usable) < shared for have, shared in computes)
+            if not any(self.windows):  # with windows a block may be lost that it does not need
+                fine &= any(have < usable + size <= shared for have, shared in computes)
+        must(fine, f"case {record.case.number} waits for tokens that are there, or that nobody will compute")
+
+    def is_indexed(self, chains: view.Chains, record: Record) -> None:
+        """All whole blocks that a running request has computed can be found."""
+        settled, size = self.settled(record), self.limits.block_size
+        held = self.path(chains, record)[: settled // size]
+        must(len(held) == settled // size, "blocks that are computed are not in the index")
+        if not self.oracles.scenario.roomy:
+            return  # another's block of the same content may have been indexed, and lost since
+        for group, window in enumerate(self.windows):
+            low = max(0, settled - window + 1) // size if window else 0
+            must(all(blocks[group] >= 0 for blocks in held[low:]), "a block that is computed and held cannot be found")
 
     def tidy(self, running: list[Record]) -> None:
         """The index holds whole blocks of tokens; it says that somebody computes them only where somebody does, and

@@ -15,6 +15,7 @@ from ridgeline.core.errors import QueueFullError, RequestError
 from ridgeline.engine.engine import Engine
 from ridgeline.engine.request import Request
 from tests.sim import view
+from tests.sim.allowance import Allowance
 from tests.sim.executor import Fault, SimModel
 from tests.sim.fairness import Fairness
 from tests.sim.model import NAN_SEED, Answer, Letters, Row, answer, row_of, state_row, states
@@ -83,6 +84,7 @@ class Simulation:
         self.fairness = Fairness(self.oracles)
         self.pressure = Pressure(self.oracles)
         self.reuse = Reuse(self.oracles)
+        self.allowance = Allowance(self.oracles, self.clock)
         self.late: list[tuple[int, list[Request], Record]] = []  # samples to come: step, requests, the first
         self.step = 0
         self.failed = False
@@ -114,10 +116,12 @@ class Simulation:
         self.fairness.before_step()
         self.pressure.before_step()
         self.reuse.before_step()
+        self.allowance.before_step()
         try:
             self.engine.step()
         except Fault:
             self.failed = True
+            self.allowance.dropped()
             must(not self.engine.has_work, "a failed step leaves work behind")
             for record in oracles.live:
                 must(record.request.finish_reason == "abort", "a request survives a failed step")
@@ -131,6 +135,7 @@ class Simulation:
                     self.arrive(record.case)
         else:
             self.fairness.after_step()
+            self.allowance.after_step()
 
     def stand_still(self) -> None:
         """A step of an idle engine does nothing."""

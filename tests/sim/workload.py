@@ -137,13 +137,13 @@ def _limits(
         max_queued_tokens=rng.randint(20, 200) if rng.random() < 0.1 else None,
         max_preemptions=rng.choice((0, 1, 2, 4)),
         priority_aging_steps=rng.choice((1, 4, 16, 256)),
-        step_target_us=_target(rng) if rng.random() < (0.35 if roomy else 0.2) else None,
+        step_target_us=_target(rng) if rng.random() < 0.3 else None,
     )
 
 
 def _target(rng: Random) -> int:
     """A latency target, often one that a step can hit exactly."""
-    return rng.choice((rng.randint(70, 500), took(rng.randint(1, 20))))
+    return rng.choice((rng.randint(70, 300), took(rng.randint(2, 8))))
 
 
 def _cases(rng: Random, rules: Rules, eos: frozenset[int], max_len: int) -> list[Case]:
@@ -168,7 +168,7 @@ def _cases(rng: Random, rules: Rules, eos: frozenset[int], max_len: int) -> list
                 salt=None if pooling or not salted else rng.choice((None, "a", "b")),
                 stream=not pooling and rng.random() < 0.15,
                 pooling=pooling,
-                late=rng.randint(1, 12) if params.n > 1 and rng.random() < 0.25 else 0,
+                late=rng.randint(1, 12) if params.n > 1 and rng.random() < 0.5 else 0,
                 abort_after=rng.randint(0, rng.choice((3, 25))) if rng.random() < aborts else None,
                 reader=rng.choice(("eager", "lazy", "stalled")),
             )
