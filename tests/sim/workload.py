@@ -80,7 +80,7 @@ def draw(seed: int) -> Scenario:
     groups = rng.choice((1, 1, 1, 2, 2, 3))
     windows = tuple(0 if rng.random() < (0.8 if g == 0 else 0.3) else rng.randint(1, 24) for g in range(groups))
     speculation = rng.random() < 0.4
-    rules = Rules(vocab, windows, rng.choice((0, 12, 16)) if speculation else rng.choice((0, 0, 8)))
+    rules = Rules(vocab, windows, rng.choice((0, 12, 16, 16)) if speculation else rng.choice((0, 0, 8)))
     eos = frozenset(rng.sample(range(vocab), rng.randint(0, 2))) if vocab > 5 else frozenset()
     max_len = rng.randint(12, 56)
     cases = _cases(rng, rules, eos, max_len)
@@ -152,12 +152,14 @@ def _cases(rng: Random, rules: Rules, eos: frozenset[int], max_len: int) -> list
     families = [[rng.randrange(rules.vocab) for _ in range(max_len)] for _ in range(rng.randint(1, 2))]
     spread = rng.choice((0, 3, 15))
     aborts = rng.choice((0.0, 0.0, 0.2, 0.5))
-    urgent, salted = rng.random() < 0.3, rng.random() < 0.25
+    urgent, salted, growing = rng.random() < 0.3, rng.random() < 0.25, rng.random() < 0.15
     cases: list[Case] = []
     for i in range(number):
         prompt = _prompt(rng, rules, eos, max_len, families, cases)
+        if growing:  # short prompts and long answers, so that blocks run out while all decode
+            prompt = prompt[: rng.randint(1, 8)]
         pooling = rng.choice(("mean", "last")) if rng.random() < 0.06 else None
-        params = SamplingParams() if pooling else _params(rng, rules, max_len - len(prompt))
+        params = SamplingParams() if pooling else _params(rng, rules, growing)
         cases.append(
             Case(
                 number=i,
@@ -169,7 +171,7 @@ def _cases(rng: Random, rules: Rules, eos: frozenset[int], max_len: int) -> list
                 stream=not pooling and rng.random() < 0.15,
                 pooling=pooling,
                 late=rng.randint(1, 12) if params.n > 1 and rng.random() < 0.5 else 0,
-                abort_after=rng.randint(0, rng.choice((3, 25))) if rng.random() < aborts else None,
+                abort_after=rng.randint(0, rng.choice((3, 25))) if rng.random() < aborts * params.n else None,
                 reader=rng.choice(("eager", "lazy", "stalled")),
             )
         )
@@ -195,10 +197,10 @@ def _prompt(
     return (rng.choice(families)[:shared] + [rng.randrange(rules.vocab) for _ in range(own)])[:most]
 
 
-def _params(rng: Random, rules: Rules, room: int) -> SamplingParams:
+def _params(rng: Random, rules: Rules, growing: bool) -> SamplingParams:
     vocab = rules.vocab
     values: dict[str, Any] = {
-        "max_tokens": rng.randint(1, rng.choice((3, 16, 36))),
+        "max_tokens": rng.randint(16, 36) if growing else rng.randint(1, rng.choice((3, 16, 36))),
         "seed": NAN_SEED if rng.random() < 0.01 else rng.getrandbits(64),
         "temperature": rng.choice((0, 0.5, 1.0, 1.0)),
         "ignore_eos": rng.random() < 0.7,
@@ -211,7 +213,7 @@ def _params(rng: Random, rules: Rules, room: int) -> SamplingParams:
         values["logprobs"] = rng.randint(0, 3)
     if rng.random() < 0.1:
         values["prompt_logprobs"] = rng.randint(0, 3)
-    if values["temperature"] and rng.random() < 0.2:
+    if values["temperature"] and rng.random() < 0.25:
         values["n"] = rng.randint(2, 4)
     if rng.random() < 0.15:
         values |= {"top_k": rng.randint(-1, 5), "top_p": 0.5, "min_p": 0.25}
