@@ -130,6 +130,15 @@ class Pressure:
         slots = {r.request.slot for r in running} | {w.slot for s in open_steps for w in s.work}
         rows = limits.max_rows - len(running) - sum(max(0, len(w.rows) - 1) for w in step.work)
         tokens = limits.max_tokens - sum(len(w.tokens) for w in step.work)
-        blocks = -(-len(first.tokens()) // limits.block_size)
         room = min(tokens, rows, limits.max_requests - max(len(slots), len(running) + parked))
-        must(room <= 0 or min(available) - len(running) < blocks, "a request was left waiting though it could start")
+        spare = min(available) - len(running)
+        must(room <= 0 or spare < self.to_start(first, tokens), "a request was left waiting though it could start")
+
+    def to_start(self, record: Record, tokens: int) -> int:
+        """Most blocks that it takes for a request to start: those that it finds cached, and those of so many tokens."""
+        size, known = self.limits.block_size, len(record.tokens())
+        whole = -(-known // size)
+        if record.started is not None:
+            return whole
+        found = self.oracles.largest_hit(record) // size if self.limits.prefix_sharing else 0
+        return min(whole, found - (-min(tokens, known) // size))

@@ -45,6 +45,8 @@ class Reuse:
         queued = [r for r in live if view.queued(r.request)]
         started = {r.request.slot: r for r in running if id(r) not in self.running}
         self.tidy(running)
+        for aging in self.aging:
+            aging.find_lost()
         look = self.exact and step.work[0].first % 4 == 0
         if started or parked or queued or look:
             chains = view.Chains(self.engine)
@@ -116,7 +118,8 @@ class Reuse:
             fine = any(have < shared for have, shared in computes)
         else:
             fine = any(max(have, usable) < shared for have, shared in computes)
-            if not any(self.windows):  # with windows a block may be lost that it does not need
+            lost = any(aging.lost for aging in self.aging)  # perhaps one that was there when it was parked
+            if not lost and not any(self.windows):  # with windows a block may be lost that it does not need
                 fine &= any(have < usable + size <= shared for have, shared in computes)
         must(fine, f"case {record.case.number} waits for tokens that are there, or that nobody will compute")
 
@@ -161,11 +164,17 @@ class Aging:
         self.used: dict[int, int] = {}  # when one was last looked at for a request that then could not start
         self.holder: dict[int, tuple[int, int]] = {}  # the one request that held it last, and where
         self.content: dict[int, object] = {}
+        self.lost: list[int] = []  # whose content this step has cost
 
     def before_step(self) -> None:
         """A look at what is cached before the step."""
         self._look()
         self.content = dict(view.content(self.engine, self.group))
+
+    def find_lost(self) -> None:
+        """Which blocks hold no more what they did before the step."""
+        content = view.content(self.engine, self.group)
+        self.lost = [b for b, what in self.content.items() if content.get(b) is not what]
 
     def may_be_touched(self, block: int) -> None:
         """Somebody who waits has tried to start with this block."""
@@ -177,8 +186,7 @@ class Aging:
 
     def launched(self, gave_way: bool) -> None:
         """A step is planned: what was lost for it was next to be lost."""
-        before, content = self.since, view.content(self.engine, self.group)
-        lost = [b for b, what in self.content.items() if content.get(b) is not what]
+        before, content, lost = self.since, view.content(self.engine, self.group), self.lost
         self._look()
         if lost:
             must(gave_way or not view.free(self.engine, self.group), "content was lost though a block was free")
