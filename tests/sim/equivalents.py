@@ -12,6 +12,7 @@ REASONS: dict[str, list[Key]] = {
     "the scheduler resets the pools before they are used": [
         ("ridgeline.kvcache.block_pool", "BlockPool.__init__", "self.reset()", "pass"),
         ("ridgeline.kvcache.prefix", "PrefixIndex.__init__", "self.reset()", "pass"),
+        ("ridgeline.scheduler.queue", "WaitingQueue.__init__", "self.clear()", "pass"),
     ],
     "guards against wrong callers, of which there are none; tests/control/test_block_pool.py calls it wrongly": [
         ("ridgeline.kvcache.block_pool", "BlockPool.__init__", "if num_blocks < 1: ... (2 lines)", "pass"),
@@ -272,6 +273,26 @@ REASONS: dict[str, list[Key]] = {
             "Scheduler._repeat",
             "self._finished_step < self._number",
             "self._finished_step <= self._number",
+        ),
+        (
+            "ridgeline.scheduler.scheduler",
+            "Scheduler._repeat",
+            "lookahead and any((s.num_computed >= s.max_len for s in last.decodes))",
+            "any((s.num_computed >= s.max_len for s in last.decodes))",
+        ),
+    ],
+    "whoever has a chunk or has started runs and does not decode, so that fewer decode than run": [
+        (
+            "ridgeline.scheduler.scheduler",
+            "Scheduler._commit",
+            "not plan.chunks and (not plan.started) and (not self._short)",
+            "not plan.started and (not self._short)",
+        ),
+        (
+            "ridgeline.scheduler.scheduler",
+            "Scheduler._commit",
+            "not plan.chunks and (not plan.started) and (not self._short)",
+            "not plan.chunks and (not self._short)",
         ),
     ],
     "read only of those who run, and set when they start to": [
