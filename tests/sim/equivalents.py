@@ -295,6 +295,9 @@ REASONS: dict[str, list[Key]] = {
             "not plan.chunks and (not self._short)",
         ),
     ],
+    "nobody who is promoted gives way, so that only one that has ended loses it": [
+        ("ridgeline.scheduler.scheduler", "Scheduler._release", "False in (None, False)", "True"),
+    ],
     "read only of those who run, and set when they start to": [
         ("ridgeline.scheduler.sequence", "Sequence.restart", "0 in self.first_step = self.last_step = 0", "1"),
     ],
