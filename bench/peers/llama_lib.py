@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 import types
 from collections.abc import Sequence
@@ -31,6 +32,12 @@ def load_bindings(source: Path) -> Any:
     return importlib.import_module("llama_cpp.llama_cpp")
 
 
+def _allow_tiles() -> None:
+    """Asks Linux for the AMX tile registers (ARCH_REQ_XCOMP_PERM): the library, driven this way, uses them unasked."""
+    if platform.machine() == "x86_64":
+        ctypes.CDLL(None).syscall(158, 0x1023, 18)
+
+
 class LlamaCpp:
     """One model and one context of llama.cpp, with as many sequences as ``max_seqs``.
 
@@ -55,6 +62,7 @@ class LlamaCpp:
         batch: int = 2048,
         flash: str = "on",
     ) -> None:
+        _allow_tiles()
         self.lib = lib = load_bindings(source)
         # Keep the callback alive for as long as the library may call it.
         self._quiet = lib.llama_log_callback(lambda level, text, data: None)
