@@ -19,7 +19,7 @@ Bits therefore do not depend on M, resting on three things:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -140,9 +140,24 @@ class Epilogue:
         return found
 
 
-def pick(table: tuple[Tile, ...], m: int) -> Tile:
-    """The first tile of a table that serves ``m`` rows."""
-    return next(tile for tile in table if m <= tile.rows)
+def pick(table: tuple[Tile, ...], m: int, regular: bool, roomy: bool = False) -> Tile:
+    """The first tile of a table that serves ``m`` rows.
+
+    Args:
+        regular: rows begin where wide copies can. If not, every element is loaded by itself, and the registers that
+            takes leave room for small tiles only: the first of the table, over more warps.
+        roomy: or the second.
+    """
+    if regular:
+        return next(tile for tile in table if m <= tile.rows)
+    return replace(table[1 if roomy and m > table[0].rows else 0], num_warps=8, num_stages=2, per_sm=1)
+
+
+def regular(x: torch.Tensor, w: torch.Tensor, k: int, arch: str) -> bool:
+    """Whether every copy can be 16 bytes wide: by rows' strides, and, without descriptors, by the mask along K."""
+    aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, w))
+    # Triton knows of an integer argument only whether 16 divides it.
+    return aligned and (arch == "sm_90" or all(size % 16 == 0 for size in (k, x.stride(0), w.stride(0))))
 
 
 @dataclass(frozen=True)
@@ -192,18 +207,17 @@ class Product:
         return Launch(self.kernel, grid, args, config, writes, updates)
 
 
-def operands(x: torch.Tensor, w: torch.Tensor, tile: Tile, arch: str) -> tuple[dict[str, Any], bool]:
-    """x and w as a kernel takes them, and whether as descriptors: TMA needs rows that begin at 16 bytes."""
+def operands(x: torch.Tensor, w: torch.Tensor, tile: Tile, tma: bool) -> dict[str, Any]:
+    """x and w as a kernel takes them: as tensor descriptors or as pointers, with their rows' strides."""
     strides = {"stride_x": x.stride(0), "stride_w": w.stride(0)}
-    aligned = all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, w))
-    if arch != "sm_90" or not aligned:
-        return {"x": x, "w": w, **strides}, False
+    if not tma:
+        return {"x": x, "w": w, **strides}
     blocks = {"x": (x, tile.block_m), "w": (w, tile.block_n)}
     made = {
         name: TensorDescriptor(t, list(t.shape), list(t.stride()), [block, tile.block_k])
         for name, (t, block) in blocks.items()
     }
-    return {**made, **strides}, True
+    return {**made, **strides}
 
 
 def check(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, after: Epilogue) -> None:
@@ -355,6 +369,12 @@ def gated(y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _halves(y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of [ROWS, COLUMNS]."""
+    return tl.split(tl.permute(tl.reshape(y, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
+
+
+@triton.jit
 def _finish(
     y,
     out,
@@ -404,14 +424,17 @@ def epilogue(
 ):
     """Adds the bias, gates, adds the residual, rounds once and stores: y is fp32 [BLOCK_M, BLOCK_N].
 
-    A wide tile goes in two halves: beside its sums, registers hold only half of its addresses and residuals.
+    A wide tile goes in quarters: beside its sums, registers hold only a quarter of its addresses and residuals.
     """
     if BLOCK_N > 128:
-        HALF: tl.constexpr = BLOCK_N // 2
-        left, right = tl.split(tl.permute(tl.reshape(y, [BLOCK_M, 2, HALF]), [0, 2, 1]))
-        _finish(left, out, bias, residual, row, column, M, N, stride_out, stride_residual, BLOCK_M, HALF, SILU_MUL)
-        column += HALF
-        _finish(right, out, bias, residual, row, column, M, N, stride_out, stride_residual, BLOCK_M, HALF, SILU_MUL)
+        WIDTH: tl.constexpr = BLOCK_N // 4
+        left, right = _halves(y, BLOCK_M, BLOCK_N)
+        for side in tl.static_range(2):
+            first, second = _halves(right if side else left, BLOCK_M, BLOCK_N // 2)
+            for quarter in tl.static_range(2):
+                part = second if quarter else first
+                at = column + (2 * side + quarter) * WIDTH
+                _finish(part, out, bias, residual, row, at, M, N, stride_out, stride_residual, BLOCK_M, WIDTH, SILU_MUL)
     else:
         _finish(y, out, bias, residual, row, column, M, N, stride_out, stride_residual, BLOCK_M, BLOCK_N, SILU_MUL)
 

@@ -128,9 +128,9 @@ def linear_scratch(m: int, n: int, k: int) -> Scratch:
     return gemm.scratch(m, n, split_of(n, k))
 
 
-def _tile(arch: str, m: int, split: int) -> Tile:
-    tile = gemm.pick(CONFIGS[arch], m)
-    return WIDE[arch] if tile.rows == MANY and split == 1 else tile
+def _tile(arch: str, m: int, split: int, regular: bool) -> Tile:
+    tile = gemm.pick(CONFIGS[arch], m, regular, roomy=True)
+    return WIDE[arch] if regular and tile.rows == MANY and split == 1 else tile
 
 
 def linear(
@@ -157,8 +157,9 @@ def linear(
     after = after or Epilogue()
     gemm.check(x, w, out, after)
     split = split_of(n, k) if batch_invariant or m <= gemm.MOST_SPLIT_ROWS else 1
-    tile = _tile(arch, m, split)
-    args, tma = gemm.operands(x, w, tile, arch)
+    regular = gemm.regular(x, w, k, arch)
+    tile, tma = _tile(arch, m, split, regular), regular and arch == "sm_90"
+    args = gemm.operands(x, w, tile, tma)
     meta = {"TMA": tma, "EVEN_K": k % BLOCK_K == 0, "SILU_MUL": after.silu_mul}
     product = Product(linear_kernel, arch, m, n, k, tile, split)
     return [product.launch({**args, **after.args()}, out, workspace, counters, **meta)]

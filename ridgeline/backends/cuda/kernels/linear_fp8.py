@@ -266,9 +266,10 @@ def linear_fp8(
     decode = arch == "sm_80"
     if decode:
         x, w = x.view(torch.uint8), w.view(torch.uint8)
-    tile = gemm.pick(CONFIGS[arch], m)
+    regular = gemm.regular(x, w, k, arch)
+    tile, tma = gemm.pick(CONFIGS[arch], m, regular), regular and arch == "sm_90"
     split = split_of(n, k) if batch_invariant or m <= gemm.MOST_SPLIT_ROWS else 1
-    args, tma = gemm.operands(x, w, tile, arch)
+    args = gemm.operands(x, w, tile, tma)
     args |= {"x_scale": x_scale, "w_scale": w_scale, **after.args()}
     meta = {"TMA": tma, "EVEN_K": k % BLOCK == 0, "SILU_MUL": after.silu_mul, "DECODE": decode, "SCALING": scaling}
     return [Product(linear_fp8_kernel, arch, m, n, k, tile, split).launch(args, out, workspace, counters, **meta)]

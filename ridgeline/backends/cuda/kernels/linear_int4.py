@@ -49,7 +49,7 @@ GROUPS = (32, 64, 128)
 
 CONFIGS: dict[str, tuple[Tile, ...]] = {
     "sm_80": (
-        Tile(16, 16, 64, 64, num_warps=4, num_stages=5, per_sm=3, swap=True),
+        Tile(16, 16, 64, 64, num_warps=8, num_stages=5, per_sm=2, swap=True),
         Tile(64, 64, 64, 64, num_warps=4, num_stages=4, per_sm=2, swap=True),
         Tile(MANY, 128, 128, 64, num_warps=8, num_stages=3, per_sm=1, swap=True),
     ),
@@ -263,9 +263,10 @@ def linear_int4(
     after = after or Epilogue()
     _check(x, codes, scales, offsets, out, group, offset, after)
     half = half_of(group)
-    tile = replace(gemm.pick(CONFIGS[arch], m), block_k=half)
+    regular = gemm.regular(x, codes, k, arch)
+    tile, tma = replace(gemm.pick(CONFIGS[arch], m, regular), block_k=half), regular and arch == "sm_90"
     split = split_of(n, k, group) if batch_invariant or m <= gemm.MOST_SPLIT_ROWS else 1
-    args, tma = gemm.operands(x, codes, tile, arch)
+    args = gemm.operands(x, codes, tile, tma)
     args |= {"scales": scales, **({"offsets": offsets} if offsets is not None else {}), **after.args()}
     meta: dict[str, Any] = {"WIDTH": group, "OFFSET": offset, "TMA": tma, "EVEN_K": k % (2 * half) == 0}
     product = Product(linear_int4_kernel, arch, m, n, k, tile, split)

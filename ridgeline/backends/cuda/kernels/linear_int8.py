@@ -148,8 +148,9 @@ def linear_int8(
     after = after or Epilogue()
     gemm.check(x, w, out, after)
     gemm.check_scales(x_scale, (m,), w_scale, (n,))
-    tile = gemm.pick(CONFIGS[arch], m)
-    args, tma = gemm.operands(x, w, tile, arch)
+    regular = gemm.regular(x, w, k, arch)
+    tile, tma = gemm.pick(CONFIGS[arch], m, regular), regular and arch == "sm_90"
+    args = gemm.operands(x, w, tile, tma)
     args |= {"x_scale": x_scale, "w_scale": w_scale, **after.args()}
     meta = {"TMA": tma, "EVEN_K": k % BLOCK_K == 0, "SILU_MUL": after.silu_mul}
     product = Product(linear_int8_kernel, arch, m, n, k, tile, split_of(n, k), torch.int32)
