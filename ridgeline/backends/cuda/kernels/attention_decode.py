@@ -137,7 +137,7 @@ def decode_kernel(
         q2 = tl.load(from_q + (D1 + tl.arange(0, D2)[None, :]), mask=live[:, None], other=0.0)
     entries = ((first + token).to(tl.int64) * (tl.num_programs(1) * GROUP) + head) * max_chunks
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    l = tl.zeros([BLOCK_M, 8], tl.float32)
     o1 = tl.zeros([BLOCK_M, D1], tl.float32)
     o2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
     k_head = k_cache + kv_head.to(tl.int64) * head_stride
@@ -154,13 +154,13 @@ def decode_kernel(
         if (step + 1) % STEPS == 0:
             entry = entries + chunk
             tl.store(stats + 2 * entry, m, mask=live)
-            tl.store(stats + 2 * entry + 1, l, mask=live)
+            tl.store(stats + 2 * entry + 1, tl.max(l, axis=1), mask=live)
             to = partials + entry[:, None] * (D1 + D2)
             tl.store(to + tl.arange(0, D1)[None, :], o1, mask=live[:, None])
             if D2 > 0:
                 tl.store(to + (D1 + tl.arange(0, D2)[None, :]), o2, mask=live[:, None])
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            l = tl.zeros([BLOCK_M], tl.float32)
+            l = tl.zeros([BLOCK_M, 8], tl.float32)
             o1 = tl.zeros([BLOCK_M, D1], tl.float32)
             o2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
     tl.debug_barrier()  # every thread's stores come before the one thread's atomic

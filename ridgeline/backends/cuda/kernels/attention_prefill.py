@@ -132,7 +132,7 @@ def attend(
     p = tl.exp2(tl.fma(s, tl.full(s.shape, scale, tl.float32), tl.broadcast_to(-reference[:, None], s.shape)))
     weights = p.to(q1.dtype)
     alpha = tl.exp2(m - reference)
-    l = tl.fma(l, alpha, tl.sum(weights.to(tl.float32), axis=1))
+    l = tl.dot(weights, tl.full([BLOCK_N, 8], 1.0, q1.dtype), l * alpha[:, None])
     # Rows that no one sees are 0 here: whatever a page holds there would turn a probability of 0 into NaN.
     v = tl.load(v_head + at + tl.arange(0, V1)[None, :], mask=live, other=0.0)
     o1 = tl.dot(weights, v, o1 * alpha[:, None])
@@ -163,7 +163,8 @@ def merge(m_all, l_all, o1_all, o2_all, m, l, o1, o2, V2: tl.constexpr):
     o1_all = add(o1_all, before[:, None], o1, tl.broadcast_to(now[:, None], o1.shape))
     if V2 > 0:
         o2_all = add(o2_all, before[:, None], o2, tl.broadcast_to(now[:, None], o2.shape))
-    return largest, add(l_all, before, l, now), o1_all, o2_all
+    l_all = add(l_all, before[:, None], l, tl.broadcast_to(now[:, None], l.shape))
+    return largest, l_all, o1_all, o2_all
 
 
 @triton.jit(do_not_specialize=["requests", "longer_than", "table_stride", "window"])
@@ -223,7 +224,7 @@ def prefill_kernel(
     if D2 > 0:
         q2 = tl.load(from_q + (D1 + tl.arange(0, D2)[None, :]), mask=live, other=0.0)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    l = tl.zeros([BLOCK_M, 8], tl.float32)
     o1 = tl.zeros([BLOCK_M, V1], tl.float32)
     o2 = tl.zeros([BLOCK_M, V2 if V2 > 0 else 16], tl.float32)
     m_all, l_all, o1_all, o2_all = m, l, o1, o2
@@ -239,11 +240,11 @@ def prefill_kernel(
         if (step + 1) % (CHUNK // BLOCK_N) == 0:
             m_all, l_all, o1_all, o2_all = merge(m_all, l_all, o1_all, o2_all, m, l, o1, o2, V2)
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            l = tl.zeros([BLOCK_M], tl.float32)
+            l = tl.zeros([BLOCK_M, 8], tl.float32)
             o1 = tl.zeros([BLOCK_M, V1], tl.float32)
             o2 = tl.zeros([BLOCK_M, V2 if V2 > 0 else 16], tl.float32)
     m_all, l_all, o1_all, o2_all = merge(m_all, l_all, o1_all, o2_all, m, l, o1, o2, V2)
-    factor = (1.0 / l_all)[:, None]
+    factor = (1.0 / tl.max(l_all, axis=1))[:, None]
     to = out + ((first + token).to(tl.int64) * out_stride + head * out_head_stride + column)[:, None]
     tl.store(to + tl.arange(0, V1)[None, :], (o1_all * factor).to(out.dtype.element_ty), mask=live)
     if V2 > 0:
