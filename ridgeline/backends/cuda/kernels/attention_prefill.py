@@ -123,9 +123,10 @@ def attend(
         s = tl.dot(q2, tl.trans(k), s)
     if HAS_CAP:  # tanh(x) = 1 - 2 / (exp(2x) + 1); scale is then the cap's
         s = tl.fma(1.0 / (tl.exp2(s * cap_scale) + 1.0), -2.0, 1.0)
-    visible = keys[None, :] <= positions[:, None]
+    column, last = tl.arange(0, BLOCK_N)[None, :], (positions - start)[:, None]
+    visible = column <= last
     if HAS_WINDOW:
-        visible = visible & (keys[None, :] > positions[:, None] - window)
+        visible = visible & (column > last - window)
     s = tl.where(visible, s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
     reference = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -203,7 +204,8 @@ def prefill_kernel(
     HAS_CAP: tl.constexpr,
 ):
     """Program (tile, KV head, part of the value columns); the last tiles, which see the most keys, come first."""
-    request, tile = find_tile(tl.num_programs(0) - 1 - tl.program_id(0), query_starts, requests, GROUP, BLOCK_M)
+    index = tl.num_programs(0) - 1 - tl.program_id(0)
+    request, tile = find_tile(index, query_starts, requests, GROUP, BLOCK_M)
     kv_head, column = tl.program_id(1), tl.program_id(2) * (V1 + V2)
     first = tl.load(query_starts + request)
     tokens = tl.load(query_starts + request + 1) - first
@@ -245,7 +247,12 @@ def prefill_kernel(
             o2 = tl.zeros([BLOCK_M, V2 if V2 > 0 else 16], tl.float32)
     m_all, l_all, o1_all, o2_all = merge(m_all, l_all, o1_all, o2_all, m, l, o1, o2, V2)
     factor = (1.0 / tl.max(l_all, axis=1))[:, None]
-    to = out + ((first + token).to(tl.int64) * out_stride + head * out_head_stride + column)[:, None]
+    # Read again and computed again, so that the rows' addresses take no registers during the loop.
+    first = tl.load(query_starts + request, volatile=True)
+    rows = (index - (first * GROUP // BLOCK_M + request)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = (rows < tokens * GROUP)[:, None]
+    to = out + (first + rows // GROUP).to(tl.int64) * out_stride + (kv_head * GROUP + rows % GROUP) * out_head_stride
+    to = (to + column)[:, None]
     tl.store(to + tl.arange(0, V1)[None, :], (o1_all * factor).to(out.dtype.element_ty), mask=live)
     if V2 > 0:
         tl.store(to + (V1 + tl.arange(0, V2)[None, :]), (o2_all * factor).to(out.dtype.element_ty), mask=live)
