@@ -11,7 +11,8 @@ kernel computes partials with the same function, ``attend``, over tiles of the s
   without visible keys is exactly 1. A program may therefore skip such tiles or not.
 - Tensor cores sum over head dimensions and over keys in one order whatever the rows of a tile. On Hopper both kernels
   use wgmma, so decode pads its rows to 64: that costs a fifth of the tensor cores' time under what memory allows.
-- l is summed within a thread, then over the four lanes that share a row: warps lie along rows in both kernels.
+- l is a matrix product too, with ones: no sum depends on how a tile lies in threads. It adds up what weighs the values,
+  and it costs less than the sum of the rounded probabilities would.
 - Every a * b + c is an explicit fma: nothing is left to the compiler's choice.
 """
 
@@ -50,12 +51,12 @@ SHAPES: dict[str, dict[int, Shape]] = {
     "sm_80": {
         64: Shape(64, (128, 1, 8, 3), (64, 1, 4, 3)),
         128: Shape(64, (128, 1, 8, 3), (64, 1, 4, 3)),
-        256: Shape(32, (128, 2, 8, 3), (64, 1, 4, 3)),
+        256: Shape(32, (128, 2, 8, 3), (64, 1, 8, 3)),
     },
     "sm_90": {
         64: Shape(64, (128, 1, 8, 3), (64, 1, 4, 3)),
         128: Shape(64, (128, 1, 8, 3), (64, 1, 4, 3)),
-        256: Shape(64, (128, 2, 8, 3), (64, 1, 4, 3)),
+        256: Shape(64, (128, 2, 8, 3), (64, 1, 8, 3)),
     },
 }
 """Architecture -> largest head size -> how. Two accumulators, of the chunk and of all before it, must fit the registers
