@@ -49,9 +49,9 @@ class Shape:
 
 SHAPES: dict[str, dict[int, Shape]] = {
     "sm_80": {
-        64: Shape(64, (128, 1, 8, 3), (64, 1, 4, 3)),
-        128: Shape(64, (128, 1, 8, 3), (64, 1, 4, 3)),
-        256: Shape(32, (128, 2, 8, 3), (64, 1, 8, 3)),
+        64: Shape(64, (128, 1, 8, 3), (16, 1, 4, 3)),
+        128: Shape(64, (128, 1, 8, 3), (16, 1, 4, 3)),
+        256: Shape(32, (128, 2, 8, 3), (16, 1, 4, 3)),
     },
     "sm_90": {
         64: Shape(64, (128, 1, 8, 3), (64, 1, 4, 3)),
@@ -242,10 +242,7 @@ def prefill_kernel(
         )  # fmt: skip
         if (step + 1) % (CHUNK // BLOCK_N) == 0:
             m_all, l_all, o1_all, o2_all = merge(m_all, l_all, o1_all, o2_all, m, l, o1, o2, V2)
-            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            l = tl.zeros([BLOCK_M, 8], tl.float32)
-            o1 = tl.zeros([BLOCK_M, V1], tl.float32)
-            o2 = tl.zeros([BLOCK_M, V2 if V2 > 0 else 16], tl.float32)
+            m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the next tile counts the rest of the partial 0 times
     m_all, l_all, o1_all, o2_all = merge(m_all, l_all, o1_all, o2_all, m, l, o1, o2, V2)
     factor = (1.0 / tl.max(l_all, axis=1))[:, None]
     # Read again and computed again, so that the rows' addresses take no registers during the loop.
