@@ -1,0 +1,255 @@
+"""Attention of few query tokens over a paged cache: split over keys as Flash-Decoding (Dao et al., 2023), one launch.
+
+A program takes the rows of a request and a KV head (query tokens times grouped heads, so that speculated tokens share
+the keys' reads) and every n-th chunk of 256 absolute positions. A chunk's partial (m, l, o) goes to a workspace; the
+program that arrives last at the rows' counter folds the partials in chunk order. Both come from the prefill kernel,
+whose text says why a row's bits are the same here and there; how many programs share a request's chunks cannot matter.
+
+Rows are padded to 16 on Ampere, where four warps share the keys and the value columns, and to 64 on Hopper, the least
+that wgmma takes: 64 operations a byte, a fifth of what the tensor cores do in the time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ridgeline.backends.cuda.kernels.attention_prefill import (
+    CHUNK,
+    add,
+    attend,
+    common_args,
+    find_tile,
+    meta_tensors,
+    parts,
+    shape_of,
+    tiles,
+    weights_of,
+)
+from ridgeline.backends.cuda.ladder.climb import CardShape
+from ridgeline.backends.cuda.launch import Config, Launch, cdiv
+
+PROGRAMS = {"sm_80": 16 * 108, "sm_90": 16 * 132}
+"""How many programs a launch is split into at least, if its requests have so many chunks."""
+
+MERGE_ROWS = 8
+"""Rows that the last program folds at a time: enough for the heads of a KV head of most models."""
+
+
+@triton.jit
+def fold(
+    partials,
+    stats,
+    entries,
+    chunks,
+    to,
+    live,
+    column,
+    WIDTH: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Folds the partials of ROWS rows in chunk order and stores them, columns [column, column + V)."""
+    at = column + tl.arange(0, V)[None, :]
+    m_all = tl.full([ROWS], float("-inf"), tl.float32)
+    l_all = tl.zeros([ROWS], tl.float32)
+    o_all = tl.zeros([ROWS, V], tl.float32)
+    # Several chunks' loads are under way at once: the fold waits for memory, not for arithmetic.
+    for chunk in tl.range(0, chunks, loop_unroll_factor=4):
+        entry = entries + chunk
+        m = tl.load(stats + 2 * entry, mask=live, other=float("-inf"), cache_modifier=".cg")
+        l = tl.load(stats + 2 * entry + 1, mask=live, other=0.0, cache_modifier=".cg")
+        o = tl.load(partials + entry[:, None] * WIDTH + at, mask=live[:, None], other=0.0, cache_modifier=".cg")
+        m_all, before, now = weights_of(m_all, m)
+        l_all = add(l_all, before, l, now)
+        o_all = add(o_all, before[:, None], o, tl.broadcast_to(now[:, None], o.shape))
+    result = o_all * (1.0 / l_all)[:, None]
+    tl.store(to[:, None] + at, result.to(to.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit(do_not_specialize=["requests", "up_to", "splits", "max_chunks", "table_stride", "window"])
+def decode_kernel(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    slots,
+    query_starts,
+    context_lens,
+    out,
+    partials,
+    stats,
+    counters,
+    requests,
+    up_to,
+    splits,
+    max_chunks,
+    q_stride,
+    q_head_stride,
+    out_stride,
+    out_head_stride,
+    table_stride,
+    block_stride,
+    head_stride,
+    token_stride,
+    scale,
+    cap_scale,
+    window,
+    GROUP: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """Program (tile, KV head, split): chunks split, split + splits, ... of those that the tile's rows see."""
+    STEPS: tl.constexpr = CHUNK // BLOCK_N
+    request, tile = find_tile(tl.program_id(0), query_starts, requests, GROUP, BLOCK_M)
+    kv_head, split = tl.program_id(1), tl.program_id(2)
+    first = tl.load(query_starts + request)
+    tokens = tl.load(query_starts + request + 1) - first
+    if (tile * BLOCK_M >= tokens * GROUP) | (tokens > up_to):
+        return
+    cached = tl.load(context_lens + request) - tokens
+    high = cached + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1) + 1
+    low = 0
+    if HAS_WINDOW:
+        low = tl.maximum(cached + tile * BLOCK_M // GROUP - window + 1, 0)
+    first_chunk = low // CHUNK
+    chunks = tl.cdiv(high, CHUNK) - first_chunk
+    if split >= chunks:
+        return
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = rows // GROUP
+    live = rows < tokens * GROUP
+    head = kv_head * GROUP + rows % GROUP
+    from_q = q + ((first + token).to(tl.int64) * q_stride + head * q_head_stride)[:, None]
+    q1 = tl.load(from_q + tl.arange(0, D1)[None, :], mask=live[:, None], other=0.0)
+    q2 = q1
+    if D2 > 0:
+        q2 = tl.load(from_q + (D1 + tl.arange(0, D2)[None, :]), mask=live[:, None], other=0.0)
+    entries = ((first + token).to(tl.int64) * (tl.num_programs(1) * GROUP) + head) * max_chunks
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M, 8], tl.float32)
+    o1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    o2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
+    k_head = k_cache + kv_head.to(tl.int64) * head_stride
+    v_head = v_cache + kv_head.to(tl.int64) * head_stride
+    table = block_tables + tl.load(slots + request).to(tl.int64) * table_stride
+    for step in range(0, tl.cdiv(chunks - split, splits) * STEPS):  # one loop, so that loads run ahead over chunks
+        chunk = split + step // STEPS * splits
+        start = (first_chunk + chunk) * CHUNK + step % STEPS * BLOCK_N
+        m, l, o1, o2 = attend(
+            q1, q2, k_head, v_head, table, start, low, high, cached + token, m, l, o1, o2,
+            block_stride, token_stride, scale, cap_scale, window,
+            D1, D2, D1, D2, PAGE, BLOCK_N, HAS_WINDOW, HAS_CAP,
+        )  # fmt: skip
+        if (step + 1) % STEPS == 0:
+            entry = entries + chunk
+            tl.store(stats + 2 * entry, m, mask=live)
+            tl.store(stats + 2 * entry + 1, tl.max(l, axis=1), mask=live)
+            to = partials + entry[:, None] * (D1 + D2)
+            tl.store(to + tl.arange(0, D1)[None, :], o1, mask=live[:, None])
+            if D2 > 0:
+                tl.store(to + (D1 + tl.arange(0, D2)[None, :]), o2, mask=live[:, None])
+            m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the next tile counts the rest of the partial 0 times
+    tl.debug_barrier()  # every thread's stores come before the one thread's atomic
+    counter = counters + tl.program_id(0) * tl.num_programs(1) + kv_head
+    if tl.atomic_add(counter, 1, sem="acq_rel") == tl.minimum(splits, chunks) - 1:
+        tl.store(counter, 0)
+        for base in range(tile * BLOCK_M, tl.minimum(tile * BLOCK_M + BLOCK_M, tokens * GROUP), MERGE_ROWS):
+            row = base + tl.arange(0, MERGE_ROWS)
+            at, of = (first + row // GROUP).to(tl.int64), kv_head * GROUP + row % GROUP
+            entry = (at * (tl.num_programs(1) * GROUP) + of) * max_chunks
+            to = out + at * out_stride + of * out_head_stride
+            alive = row < tokens * GROUP
+            fold(partials, stats, entry, chunks, to, alive, 0, D1 + D2, D1, MERGE_ROWS)
+            if D2 > 0:
+                fold(partials, stats, entry, chunks, to, alive, D1, D1 + D2, D2, MERGE_ROWS)
+
+
+def workspace(
+    tokens: int, requests: int, heads: int, kv_heads: int, head_dim: int, max_context: int, arch: str
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shapes of ``partials`` (fp32), ``stats`` (fp32) and ``counters`` (int32) of a launch.
+
+    Counters are 0 before the first launch, and again after each.
+    """
+    chunks = cdiv(max_context, CHUNK)
+    rows = shape_of(head_dim, arch).decode[0]
+    count = tiles(tokens, requests, heads // kv_heads, rows) * kv_heads
+    return (tokens * heads * chunks, head_dim), (tokens * heads * chunks, 2), (count,)
+
+
+def attention_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+    out: torch.Tensor,
+    partials: torch.Tensor,
+    stats: torch.Tensor,
+    counters: torch.Tensor,
+    *,
+    scale: float,
+    max_context: int,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    up_to: int | None = None,
+    arch: str = "sm_90",
+) -> list[Launch]:
+    """Causal attention of each request's last tokens over its context, as ``attention_prefill`` with the same bits.
+
+    Args:
+        q, k_cache, v_cache, block_tables, slots, query_starts, context_lens, out, scale, window, soft_cap: as there.
+        partials, stats, counters: the shapes that ``workspace`` gives, or larger; counters all 0.
+        max_context: no context_lens is above it.
+        up_to: requests of more tokens than that in this step are left to the prefill kernel.
+
+    Raises:
+        ValueError: a head size, a page or strides that the kernel cannot do, or too small a workspace.
+    """
+    tokens, heads, head_dim = q.shape
+    requests, kv_heads = slots.shape[0], k_cache.shape[1]
+    shape = shape_of(head_dim, arch)
+    needed = workspace(tokens, requests, heads, kv_heads, head_dim, max_context, arch)
+    for tensor, least in zip((partials, stats, counters), needed, strict=True):
+        if tensor.numel() < torch.Size(least).numel() or not tensor.is_contiguous():
+            raise ValueError(f"attention_decode: a workspace of {tuple(tensor.shape)}, {least} needed")
+    tables = (block_tables, slots, query_starts, context_lens)
+    args, meta = common_args(q, k_cache, v_cache, tables, out, scale, window, soft_cap)
+    rows, _, warps, stages = shape.decode
+    count = tiles(tokens, requests, heads // kv_heads, rows)
+    chunks = cdiv(max_context, CHUNK)
+    splits = max(1, min(chunks, cdiv(PROGRAMS[arch], count * kv_heads)))
+    args |= {"partials": partials, "stats": stats, "counters": counters, "max_chunks": chunks, "splits": splits}
+    args["up_to"] = (1 << 30) if up_to is None else up_to
+    meta |= {"BLOCK_M": rows, "BLOCK_N": shape.keys, "MERGE_ROWS": MERGE_ROWS}
+    written, updated = (("out",), ()) if up_to is None else ((), ("out",))
+    updated = (*updated, "partials", "stats", "counters")
+    return [Launch(decode_kernel, (count, kv_heads, splits), args, Config(meta, warps, stages), written, updated)]
+
+
+def card_shapes(arch: str) -> list[CardShape]:
+    """One new token of 1 and of 64 requests at a context of 4,096 in an 8B Llama, and other head sizes."""
+    shapes, context = [], 4096
+    for requests, dim in ((1, 128), (64, 128), (64, 64), (64, 256)):
+        tensors: dict[str, Any] = meta_tensors(requests, 1, context, dim)
+        sizes = workspace(requests, requests, 32, 8, dim, context, arch)
+        for name, size in zip(("partials", "stats", "counters"), sizes, strict=True):
+            kind = torch.int32 if name == "counters" else torch.float32
+            tensors[name] = torch.empty(size, dtype=kind, device="meta")
+        launches = attention_decode(**tensors, scale=dim**-0.5, max_context=context, arch=arch)
+        moved = requests * (context * 2 * 8 * dim * 2 + 2 * 32 * dim * 2)
+        shapes.append(CardShape(f"M={requests} D={dim}", launches, 4.0 * requests * 32 * dim * context, moved))
+    return shapes

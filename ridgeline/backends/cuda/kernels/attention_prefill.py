@@ -1,0 +1,410 @@
+"""Attention of many query tokens over a paged cache: FlashAttention 2 (Dao, 2023) in chunks of absolute positions.
+
+A request's rows are its query tokens times the query heads of one KV head: row r is token r // group, head r % group.
+A program takes BLOCK_M rows and walks over the keys they see, BLOCK_N at a time.
+
+Bits. Keys are taken in chunks of 256 absolute positions. Each chunk starts anew and yields a partial (m, l, o): the
+largest score, the sum of the probabilities, the weighted values; ``merge`` folds partials in chunk order. The decode
+kernel computes partials with the same function, ``attend``, over tiles of the same keys, and folds them with the same
+``merge``; so a row's bits do not depend on which kernel computes it, nor on how its prefill is cut. This needs:
+- What a row does not see changes nothing: masked scores are -inf, their probabilities 0, a factor of a tile or a chunk
+  without visible keys is exactly 1. A program may therefore skip such tiles or not.
+- Tensor cores sum over head dimensions and over keys in one order whatever the rows of a tile. On Hopper both kernels
+  use wgmma, so decode pads its rows to 64: that costs a fifth of the tensor cores' time under what memory allows.
+- l is a matrix product too, with ones: no sum depends on how a tile lies in threads. It adds up what weighs the values,
+  and it costs less than the sum of the rounded probabilities would.
+- Every a * b + c is an explicit fma: nothing is left to the compiler's choice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ridgeline.backends.cuda.ladder.climb import CardShape
+from ridgeline.backends.cuda.launch import Config, Launch
+
+CHUNK = 256
+"""Keys of a partial; a multiple of every page size."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a head size is computed.
+
+    Attributes:
+        keys: BLOCK_N, of both kernels.
+        prefill, decode: (BLOCK_M, parts that the value columns are split into over programs, warps, stages).
+    """
+
+    keys: int
+    prefill: tuple[int, int, int, int]
+    decode: tuple[int, int, int, int]
+
+
+SHAPES: dict[str, dict[int, Shape]] = {
+    "sm_80": {
+        64: Shape(64, (128, 1, 8, 3), (16, 1, 4, 3)),
+        128: Shape(64, (128, 1, 8, 3), (16, 1, 4, 3)),
+        256: Shape(32, (128, 2, 8, 3), (16, 1, 4, 3)),
+    },
+    "sm_90": {
+        64: Shape(64, (128, 1, 8, 3), (64, 1, 4, 3)),
+        128: Shape(64, (128, 1, 8, 3), (64, 1, 4, 3)),
+        256: Shape(64, (128, 2, 8, 3), (64, 1, 8, 3)),
+    },
+}
+"""Architecture -> largest head size -> how. Two accumulators, of the chunk and of all before it, must fit the registers
+in prefill: 128 columns of 64 rows take half of a warp group's. Wider values are split over programs."""
+
+
+@triton.jit
+def find_tile(index, query_starts, requests, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The request of tile ``index``, and its tile.
+
+    Tiles of request b begin at floor(rows before b / BLOCK_M) + b, which leaves room for the ragged end of each.
+    """
+    before = 0
+    for base in range(0, requests, 256):
+        b = base + tl.arange(0, 256)
+        starts = tl.load(query_starts + b, mask=b < requests, other=0)
+        before += tl.sum(((b < requests) & (starts * GROUP // BLOCK_M + b <= index)).to(tl.int32), axis=0)
+    request = before - 1
+    return request, index - (tl.load(query_starts + request) * GROUP // BLOCK_M + request)
+
+
+@triton.jit
+def attend(
+    q1,
+    q2,
+    k_head,
+    v_head,
+    table,
+    start,
+    low,
+    high,
+    positions,
+    m,
+    l,
+    o1,
+    o2,
+    block_stride,
+    token_stride,
+    scale,
+    cap_scale,
+    window,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    V1: tl.constexpr,
+    V2: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """Takes keys [start, start + BLOCK_N) into a partial.
+
+    q1 [M, D1], q2 [M, D2]: the two parts of a head; positions [M]; [low, high): what any row sees; m, l [M] and
+    o1 [M, V1], o2 [M, V2]: the partial. Scores are in base 2: scale holds log2(e).
+    """
+    keys = start + tl.arange(0, BLOCK_N)
+    seen = (keys >= low) & (keys < high)
+    blocks = tl.load(table + keys // PAGE, mask=seen, other=0).to(tl.int64)
+    at = (blocks * block_stride + (keys % PAGE) * token_stride)[:, None]
+    live = seen[:, None]
+    k = tl.load(k_head + at + tl.arange(0, D1)[None, :], mask=live, other=0.0)
+    s = tl.dot(q1, tl.trans(k))
+    if D2 > 0:
+        k = tl.load(k_head + at + (D1 + tl.arange(0, D2)[None, :]), mask=live, other=0.0)
+        s = tl.dot(q2, tl.trans(k), s)
+    if HAS_CAP:  # tanh(x) = 1 - 2 / (exp(2x) + 1); scale is then the cap's
+        s = tl.fma(1.0 / (tl.exp2(s * cap_scale) + 1.0), -2.0, 1.0)
+    column, last = tl.arange(0, BLOCK_N)[None, :], (positions - start)[:, None]
+    visible = column <= last
+    if HAS_WINDOW:
+        visible = visible & (column > last - window)
+    s = tl.where(visible, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
+    reference = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(tl.fma(s, tl.full(s.shape, scale, tl.float32), tl.broadcast_to(-reference[:, None], s.shape)))
+    weights = p.to(q1.dtype)
+    alpha = tl.exp2(m - reference)
+    l = tl.dot(weights, tl.full([BLOCK_N, 8], 1.0, q1.dtype), l * alpha[:, None])
+    # Rows that no one sees are 0 here: whatever a page holds there would turn a probability of 0 into NaN.
+    v = tl.load(v_head + at + tl.arange(0, V1)[None, :], mask=live, other=0.0)
+    o1 = tl.dot(weights, v, o1 * alpha[:, None])
+    if V2 > 0:
+        v = tl.load(v_head + at + (V1 + tl.arange(0, V2)[None, :]), mask=live, other=0.0)
+        o2 = tl.dot(weights, v, o2 * alpha[:, None])
+    return m_new, l, o1, o2
+
+
+@triton.jit
+def weights_of(m_all, m):
+    """The largest score of both, and what what came before and the next partial count for."""
+    largest = tl.maximum(m_all, m)
+    reference = tl.where(largest == float("-inf"), 0.0, largest)
+    return largest, tl.exp2(m_all - reference), tl.exp2(m - reference)
+
+
+@triton.jit
+def add(total, before, x, now):
+    """total * before + x * now."""
+    return tl.fma(x, now, total * before)
+
+
+@triton.jit
+def merge(m_all, l_all, o1_all, o2_all, m, l, o1, o2, V2: tl.constexpr):
+    """Folds the next chunk's partial into what came before it."""
+    largest, before, now = weights_of(m_all, m)
+    o1_all = add(o1_all, before[:, None], o1, tl.broadcast_to(now[:, None], o1.shape))
+    if V2 > 0:
+        o2_all = add(o2_all, before[:, None], o2, tl.broadcast_to(now[:, None], o2.shape))
+    l_all = add(l_all, before[:, None], l, tl.broadcast_to(now[:, None], l.shape))
+    return largest, l_all, o1_all, o2_all
+
+
+@triton.jit(do_not_specialize=["requests", "longer_than", "table_stride", "window"])
+def prefill_kernel(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    slots,
+    query_starts,
+    context_lens,
+    out,
+    requests,
+    longer_than,
+    q_stride,
+    q_head_stride,
+    out_stride,
+    out_head_stride,
+    table_stride,
+    block_stride,
+    head_stride,
+    token_stride,
+    scale,
+    cap_scale,
+    window,
+    GROUP: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    V1: tl.constexpr,
+    V2: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """Program (tile, KV head, part of the value columns); the last tiles, which see the most keys, come first."""
+    index = tl.num_programs(0) - 1 - tl.program_id(0)
+    request, tile = find_tile(index, query_starts, requests, GROUP, BLOCK_M)
+    kv_head, column = tl.program_id(1), tl.program_id(2) * (V1 + V2)
+    first = tl.load(query_starts + request)
+    tokens = tl.load(query_starts + request + 1) - first
+    if (tile * BLOCK_M >= tokens * GROUP) | (tokens <= longer_than):
+        return
+    cached = tl.load(context_lens + request) - tokens
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = rows // GROUP
+    live = (rows < tokens * GROUP)[:, None]
+    high = cached + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, tokens - 1) + 1
+    low = 0
+    if HAS_WINDOW:
+        low = tl.maximum(cached + tile * BLOCK_M // GROUP - window + 1, 0)
+    head = kv_head * GROUP + rows % GROUP
+    from_q = q + ((first + token).to(tl.int64) * q_stride + head * q_head_stride)[:, None]
+    q1 = tl.load(from_q + tl.arange(0, D1)[None, :], mask=live, other=0.0)
+    q2 = q1
+    if D2 > 0:
+        q2 = tl.load(from_q + (D1 + tl.arange(0, D2)[None, :]), mask=live, other=0.0)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M, 8], tl.float32)
+    o1 = tl.zeros([BLOCK_M, V1], tl.float32)
+    o2 = tl.zeros([BLOCK_M, V2 if V2 > 0 else 16], tl.float32)
+    m_all, l_all, o1_all, o2_all = m, l, o1, o2
+    k_head = k_cache + kv_head.to(tl.int64) * head_stride
+    v_head = v_cache + kv_head.to(tl.int64) * head_stride + column
+    table = block_tables + tl.load(slots + request).to(tl.int64) * table_stride
+    for step in range(low // BLOCK_N, tl.cdiv(high, BLOCK_N)):
+        m, l, o1, o2 = attend(
+            q1, q2, k_head, v_head, table, step * BLOCK_N, low, high, cached + token, m, l, o1, o2,
+            block_stride, token_stride, scale, cap_scale, window,
+            D1, D2, V1, V2, PAGE, BLOCK_N, HAS_WINDOW, HAS_CAP,
+        )  # fmt: skip
+        if (step + 1) % (CHUNK // BLOCK_N) == 0:
+            m_all, l_all, o1_all, o2_all = merge(m_all, l_all, o1_all, o2_all, m, l, o1, o2, V2)
+            m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the next tile counts the rest of the partial 0 times
+    m_all, l_all, o1_all, o2_all = merge(m_all, l_all, o1_all, o2_all, m, l, o1, o2, V2)
+    factor = (1.0 / tl.max(l_all, axis=1))[:, None]
+    # Read again and computed again, so that the rows' addresses take no registers during the loop.
+    first = tl.load(query_starts + request, volatile=True)
+    rows = (index - (first * GROUP // BLOCK_M + request)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = (rows < tokens * GROUP)[:, None]
+    to = out + (first + rows // GROUP).to(tl.int64) * out_stride + (kv_head * GROUP + rows % GROUP) * out_head_stride
+    to = (to + column)[:, None]
+    tl.store(to + tl.arange(0, V1)[None, :], (o1_all * factor).to(out.dtype.element_ty), mask=live)
+    if V2 > 0:
+        tl.store(to + (V1 + tl.arange(0, V2)[None, :]), (o2_all * factor).to(out.dtype.element_ty), mask=live)
+
+
+def parts(size: int) -> tuple[int, int]:
+    """A size as the sum of two powers of two of at least 16, or one and 0: nothing is padded.
+
+    Raises:
+        ValueError: it is no such sum.
+    """
+    large = 1 << (size.bit_length() - 1)
+    small = size - large
+    if size < 16 or small & (small - 1) or 0 < small < 16:
+        raise ValueError(f"attention: a head size of {size} is not the sum of two powers of two from 16 up")
+    return large, small
+
+
+def shape_of(head_dim: int, arch: str) -> Shape:
+    """How a head size is computed; raises ValueError above 256."""
+    for largest, shape in SHAPES[arch].items():
+        if head_dim <= largest:
+            return shape
+    raise ValueError(f"attention: a head size of {head_dim}, at most 256")
+
+
+def common_args(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run-time arguments and constants that both attention kernels take; ``tables`` as in ``attention_prefill``.
+
+    Raises:
+        ValueError: what the kernels cannot do.
+    """
+    _, heads, head_dim = q.shape
+    _, kv_heads, page, _ = k_cache.shape
+    if k_cache.stride() != v_cache.stride() or 1 != q.stride(2) or 1 != out.stride(2) or 1 != k_cache.stride(3):
+        raise ValueError("attention: keys and values of equal strides, heads contiguous")
+    if q.dtype != k_cache.dtype or q.dtype != v_cache.dtype or q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"attention: queries of {q.dtype} over a cache of {k_cache.dtype}")
+    if CHUNK % page or page < 8 or heads % kv_heads or scale <= 0:
+        raise ValueError(f"attention: pages of {page} tokens, {heads} heads over {kv_heads}, scale {scale}")
+    block_tables, slots, query_starts, context_lens = tables
+    log2e = math.log2(math.e)
+    args = {
+        "q": q,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "block_tables": block_tables,
+        "slots": slots,
+        "query_starts": query_starts,
+        "context_lens": context_lens,
+        "out": out,
+        "requests": slots.shape[0],
+        "q_stride": q.stride(0),
+        "q_head_stride": q.stride(1),
+        "out_stride": out.stride(0),
+        "out_head_stride": out.stride(1),
+        "table_stride": block_tables.stride(0),
+        "block_stride": k_cache.stride(0),
+        "head_stride": k_cache.stride(1),
+        "token_stride": k_cache.stride(2),
+        "scale": (soft_cap or scale) * log2e,
+        "cap_scale": 2.0 * scale / soft_cap * log2e if soft_cap else 0.0,
+        "window": window or 0,
+    }
+    d1, d2 = parts(head_dim)
+    flags = {"HAS_WINDOW": window is not None, "HAS_CAP": soft_cap is not None}
+    return args, {"GROUP": heads // kv_heads, "D1": d1, "D2": d2, "PAGE": page, "CHUNK": CHUNK, **flags}
+
+
+def tiles(tokens: int, requests: int, group: int, rows: int) -> int:
+    """What ``find_tile`` numbers: at least the tiles of ``tokens`` tokens of ``requests`` requests."""
+    return tokens * group // rows + requests
+
+
+def attention_prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    longer_than: int = 0,
+    arch: str = "sm_90",
+) -> list[Launch]:
+    """Causal attention of each request's last tokens over its context.
+
+    Args:
+        q: [T, heads, head_dim] bf16 or fp16; heads contiguous.
+        k_cache, v_cache: [blocks, kv_heads, page, head_dim] of the same type and equal strides, the tokens of this
+            step already in them; page a power of two, 8 to 256.
+        block_tables: int32 [slots, blocks of a request].
+        slots, context_lens: int32 [B]; the context includes the step's own tokens.
+        query_starts: int32 [B + 1]: request b owns tokens query_starts[b] to query_starts[b + 1].
+        out: [T, heads, head_dim].
+        scale: of the scores; positive.
+        window: keys in (position - window, position] are seen; None: all up to the position.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap).
+        longer_than: requests of at most so many tokens in this step are left to the decode kernel.
+
+    Raises:
+        ValueError: a head size, a page or strides that the kernel cannot do.
+    """
+    shape = shape_of(q.shape[2], arch)
+    tables = (block_tables, slots, query_starts, context_lens)
+    args, meta = common_args(q, k_cache, v_cache, tables, out, scale, window, soft_cap)
+    rows, splits, warps, stages = shape.prefill
+    v1, v2 = parts(q.shape[2] // splits)
+    meta |= {"V1": v1, "V2": v2, "BLOCK_M": rows, "BLOCK_N": shape.keys}
+    args["longer_than"] = longer_than
+    grid = (tiles(q.shape[0], slots.shape[0], meta["GROUP"], rows), k_cache.shape[1], splits)
+    written = ("out",) if longer_than == 0 else ()
+    updated = () if longer_than == 0 else ("out",)
+    return [Launch(prefill_kernel, grid, args, Config(meta, warps, stages), written, updated)]
+
+
+def meta_tensors(requests: int, tokens: int, context: int, head_dim: int = 128) -> dict[str, torch.Tensor]:
+    """Arguments of an 8B Llama's layer (32 heads, 8 KV heads) in bf16, on the meta device."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    kind, blocks = torch.bfloat16, context // 16
+    return {
+        "q": empty(requests * tokens, 32, head_dim, dtype=kind),
+        "k_cache": empty(requests * blocks, 8, 16, head_dim, dtype=kind),
+        "v_cache": empty(requests * blocks, 8, 16, head_dim, dtype=kind),
+        "block_tables": empty(256, blocks),
+        "slots": empty(requests),
+        "query_starts": empty(requests + 1),
+        "context_lens": empty(requests),
+        "out": empty(requests * tokens, 32, head_dim, dtype=kind),
+    }
+
+
+def card_shapes(arch: str) -> list[CardShape]:
+    """A prompt of 4,096 tokens in an 8B Llama, and the same with other head sizes."""
+    shapes, tokens = [], 4096
+    for dim in (128, 64, 256):
+        launches = attention_prefill(**meta_tensors(1, tokens, tokens, dim), scale=dim**-0.5, arch=arch)
+        moved = tokens * 2 * (2 * 32 + 2 * 8) * dim
+        shapes.append(CardShape(f"T={tokens} D={dim}", launches, 4.0 * 32 * dim * tokens * (tokens + 1) / 2, moved))
+    return shapes
