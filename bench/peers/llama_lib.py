@@ -16,6 +16,11 @@ import numpy.typing as npt
 
 Float32 = npt.NDArray[np.float32]
 
+if platform.machine() == "x86_64":
+    # Asks Linux for the AMX tile registers (ARCH_REQ_XCOMP_PERM), which the library, driven this way, uses unasked. It
+    # is refused once something has set up a small stack for signals, as torch does, so when this module is imported.
+    ctypes.CDLL(None).syscall(158, 0x1023, 18)
+
 
 def load_bindings(source: Path) -> Any:
     """The low-level binding module of the llama-cpp-python source tree at ``source``.
@@ -30,12 +35,6 @@ def load_bindings(source: Path) -> Any:
     import importlib
 
     return importlib.import_module("llama_cpp.llama_cpp")
-
-
-def _allow_tiles() -> None:
-    """Asks Linux for the AMX tile registers (ARCH_REQ_XCOMP_PERM): the library, driven this way, uses them unasked."""
-    if platform.machine() == "x86_64":
-        ctypes.CDLL(None).syscall(158, 0x1023, 18)
 
 
 class LlamaCpp:
@@ -62,7 +61,6 @@ class LlamaCpp:
         batch: int = 2048,
         flash: str = "on",
     ) -> None:
-        _allow_tiles()
         self.lib = lib = load_bindings(source)
         # Keep the callback alive for as long as the library may call it.
         self._quiet = lib.llama_log_callback(lambda level, text, data: None)
