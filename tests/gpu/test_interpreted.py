@@ -10,11 +10,11 @@ import torch
 from ridgeline.backends.cuda.ladder.accuracy import check
 from ridgeline.backends.cuda.ladder.interpret import run
 from ridgeline.backends.cuda.launch import ARCHS
-from tests.gpu import linear_cases, row_cases, sample_cases
+from tests.gpu import attention_cases, linear_cases, row_cases, sample_cases
 
-MODULES = (row_cases, linear_cases, sample_cases)
+MODULES = (row_cases, linear_cases, attention_cases, sample_cases)
 CASES = [(module, case) for module in MODULES for case in module.CASES]
-BOTH = (linear_cases,)  # of which the architectures have different kernels
+BOTH = (linear_cases, attention_cases)  # of which the architectures have different kernels
 BUILDS = [(m, c, arch) for m, c in CASES for arch in (ARCHS if m in BOTH else ("sm_90",))]
 
 
@@ -35,7 +35,7 @@ def test_case(module: Any, case: Any, arch: str) -> None:
         assert torch.equal(bits(expected.tensor), bits(kept))
 
 
-ROW_WISE = [(m, c) for m, c in CASES if 1 < c.rows < 20]
+ROW_WISE = [(m, c) for m, c in CASES if m is not attention_cases and 1 < c.rows < 20]  # test_attention.py
 
 
 @pytest.mark.parametrize(("module", "case"), ROW_WISE, ids=[case.name for _, case in ROW_WISE])
