@@ -33,7 +33,7 @@ def test_a_regression_is_named(rows: list[table.Row]) -> None:
     row = rows[0]
     fields = {c: getattr(row, c) for c in table.COLUMNS}
     before = table.Row(**{**fields, "tensor": "4xHMMA.16816", "copies": "2xLDGSTS", "occupancy": "65/64"})
-    after = table.Row(**{**fields, "spilled": "8"})
+    after = table.Row(**{**fields, "tensor": "-", "copies": "-", "spilled": "8"})
     lines = table.regressions([before], [after])
     assert len(lines) == 4 and all(" ".join(row.key) in line for line in lines)
 
