@@ -195,7 +195,8 @@ class Product:
         needed = scratch(self.m, self.n, self.split)
         tiles = cdiv(self.m, self.tile.block_m) * cdiv(self.n, self.tile.block_n)
         args = {**args, "out": out, "M": self.m, "N": self.n, "K": self.k, "stride_out": out.stride(0)}
-        writes, updates = ("out",), ()
+        writes: tuple[str, ...] = ("out",)
+        updates: tuple[str, ...] = ()
         if needed.partials:
             if workspace is None or counters is None or workspace.numel() < needed.partials:
                 raise ValueError(f"this product needs scratch: {needed}")

@@ -293,8 +293,8 @@ def _check(
     for name, tensor, shape in (("codes", codes, codes_shape), ("scales", scales, scales_shape)):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} are {tuple(tensor.shape)}, wanted {shape}")
-    for tensor in (scales, offsets):
-        if tensor is not None and (not tensor.is_contiguous() or tuple(tensor.shape) != scales_shape):
+    for found in (scales, offsets):
+        if found is not None and (not found.is_contiguous() or tuple(found.shape) != scales_shape):
             raise ValueError(f"scales and offsets are contiguous and {scales_shape}")
     gemm.check_shapes(m, n, out, after)
     if any(t.stride(1) != 1 for t in (x, codes, out)):
