@@ -16,7 +16,7 @@ Roofline: as ``linear_int8``.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
@@ -284,15 +284,5 @@ def _card_launches(m: int, n: int, k: int, after: Epilogue, out: torch.Tensor, a
     x, w = (torch.empty(rows, k, dtype=torch.float8_e4m3fn, device="meta") for rows in (m, n))
     x_scale, w_scale = (torch.empty(shape, device="meta") for shape in scale_shapes(m, n, k, "block"))
     workspace, counters = linear_fp8_scratch(m, n, k).tensors("meta")
-    return linear_fp8(
-        x,
-        w,
-        x_scale,
-        w_scale,
-        out,
-        arch,
-        scaling="block",
-        after=after,
-        workspace=workspace,
-        counters=counters,
-    )
+    scratch: dict[str, Any] = {"workspace": workspace, "counters": counters}
+    return linear_fp8(x, w, x_scale, w_scale, out, arch, scaling="block", after=after, **scratch)
