@@ -300,6 +300,7 @@ REASONS: dict[str, list[Key]] = {
     ],
     "read only of those who run, and set when they start to": [
         ("ridgeline.scheduler.sequence", "Sequence.restart", "0 in self.first_step = self.last_step = 0", "1"),
+        ("ridgeline.scheduler.sequence", "Sequence.restart", "0 in self.num_computed = self.num_settled = 0", "1"),
     ],
     "where the prompt ends exactly there, no output is added to it": [
         ("ridgeline.scheduler.sequence", "Sequence.span", "stop <= size", "stop < size"),
@@ -307,7 +308,42 @@ REASONS: dict[str, list[Key]] = {
     "a request for the last state has one row": [
         ("ridgeline.engine.request", "Request.pool", "1 in -1", "0"),
     ],
+    "the end of its prompt sets it before it is read": [
+        ("ridgeline.scheduler.sequence", "Sequence.restart", "self.limit or NEVER", "NEVER"),
+    ],
+    "the engine hands over an array, and a copy of it is as good": [
+        (
+            "ridgeline.scheduler.sequence",
+            "Sequence.__init__",
+            "prompt if isinstance(prompt, array) else array('i', prompt)",
+            "prompt if not isinstance(prompt, array) else array('i', prompt)",
+        ),
+    ],
+    "-1 stands for the token that the slot sampled last, which is the same token": [
+        ("ridgeline.engine.engine", "Engine._finish_oldest", "self._sampled = output.token_ids", "pass"),
+    ],
+    "the short way for plain requests does what the long one does (a plain request does not speculate)": [
+        (
+            "ridgeline.engine.engine",
+            "Engine._accept_decodes",
+            "if request.plain and 0 <= token and (len(output_ids) + 1 < request.next_event): ... (7 lines)",
+            "pass",
+        ),
+        ("ridgeline.engine.engine", "Engine._accept_decodes", "0 in 0 <= token", "1"),
+        (
+            "ridgeline.engine.engine",
+            "Engine._accept_decodes",
+            "if token not in request.stop_ids: ... (6 lines)",
+            "pass",
+        ),
+    ],
     "asks in vain whether a request still runs, which with one open step it does": [
+        (
+            "ridgeline.engine.engine",
+            "Engine._accept_decodes",
+            "outdated and (not self._scheduler.still_runs(request, plan))",
+            "not self._scheduler.still_runs(request, plan)",
+        ),
         (
             "ridgeline.engine.engine",
             "Engine._accept_decodes",
