@@ -39,8 +39,9 @@ def test_a_regression_is_named(rows: list[table.Row]) -> None:
 
 
 def test_machine_code_is_read() -> None:
-    lines = ["Function:f", "--:-:-:-:1\tMOV R1, R2;", "LBB1:", "--:-:-:-:1\t@!P0 HMMA.16816.F32.BF16 R0, R1, R2, R3;"]
-    lines += ["--:-:-:-:1\tFADD R1, R2, R3;", "--:-:-:-:1\t@P1 BRA LBB1;", "--:-:-:-:5\tEXIT;"]
-    code = parse("\n".join([*lines, "LBB2:", "--:-:-:-:0\tBRA LBB2;", "--:-:-:-:0\tNOP;"]))
-    assert code.hot_loop() == (1, 3) and len(code.opcodes) == 5
-    assert code.classes(1, 3) == Counter({"tensor": 1, "float": 1, "branch": 1})
+    code = ["MOV R1, R2", "@!P0 HMMA.16816.F32.BF16 R0, R1, R2, R3", "FADD R1, R2, R3", "@P1 BRA 0xfff0", "EXIT"]
+    lines = [f"        /*{0xFFE0 + 16 * i:04x}*/                   {text} ;  /* 0x00 */" for i, text in enumerate(code)]
+    lines += ["        /*10030*/                   BRA 0x10030;  /* 0x00 */", "        /*10040*/      NOP;  /* 0x00 */"]
+    read = parse("\n".join(["        Function : f", *lines, "        /* 0x000fe20000000f00 */"]))
+    assert read.hot_loop() == (1, 3) and len(read.opcodes) == 5
+    assert read.classes(1, 3) == Counter({"tensor": 1, "float": 1, "branch": 1})

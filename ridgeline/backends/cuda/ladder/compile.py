@@ -11,7 +11,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -95,34 +94,24 @@ def compile_launch(launch: Launch, arch: str) -> Binary:
             first = first.__cause__
         raise RidgelineError(f"{name} does not compile for {arch} with {dict(config.meta)}: {first}") from error
     registers, local = _resources(kernel.asm["cubin"])
-    meta = kernel.metadata
-    with _no_warnings():
-        sass = kernel.asm["sass"]
+    meta, sass = kernel.metadata, _cuobjdump(kernel.asm["cubin"], "-sass")
     return Binary(meta.name, arch, meta.num_warps, sass, kernel.asm["ptx"], registers, local, meta.shared)
 
 
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    """nvdisasm complains of the file format once for every kernel, to the standard error it inherits."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of local memory, of a thread."""
+def _cuobjdump(cubin: bytes, what: str) -> str:
+    """What Triton's own cuobjdump says. (Its ``asm["sass"]`` ends after 4,096 instructions.)"""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of local memory, of a thread."""
+    text = _cuobjdump(cubin, "-res-usage")
     usage = dict(field.split(":", 1) for field in text.split() if ":" in field and field.split(":", 1)[1].isdigit())
     return int(usage["REG"]), max(int(usage.get("STACK", 0)), int(usage.get("LOCAL", 0)))
 

@@ -6,10 +6,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-_INSTRUCTION = re.compile(r"^[^\t]*\t(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)$")
-"""Control codes, a tab, a predicate, the instruction: as Triton prints what nvdisasm says."""
-_LABEL = re.compile(r"^(LBB\w+):")
-_TARGET = re.compile(r"\b(LBB\w+)")
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*);")
+"""Address, a predicate, the instruction: as ``cuobjdump -sass`` prints it."""
+_TARGET = re.compile(r"\b0x([0-9a-f]+)\b")
 
 TENSOR = ("HMMA", "HGMMA", "IMMA", "IGMMA", "QGMMA", "DMMA", "BGMMA")
 """Mnemonics of the tensor cores."""
@@ -70,21 +69,18 @@ def class_of(opcode: str) -> str:
 
 
 def parse(sass: str) -> Code:
-    """Reads a compiled kernel's ``asm["sass"]``."""
+    """Reads what ``cuobjdump -sass`` prints of one kernel."""
     opcodes: list[str] = []
-    labels: dict[str, int] = {}
-    branches: list[tuple[int, str]] = []
-    for line in sass.splitlines():
-        label, match = _LABEL.match(line), _INSTRUCTION.match(line)
-        if label:
-            labels[label.group(1)] = len(opcodes)
-        if not match:
-            continue
-        target = _TARGET.search(match.group(2)) if base(match.group(1)) == "BRA" else None
+    at: dict[int, int] = {}
+    branches: list[tuple[int, int]] = []
+    for match in filter(None, map(_INSTRUCTION.match, sass.splitlines())):
+        address, opcode, operands = int(match.group(1), 16), match.group(2), match.group(3)
+        at[address] = len(opcodes)
+        target = _TARGET.search(operands) if base(opcode) == "BRA" else None
         if target:
-            branches.append((len(opcodes), target.group(1)))
-        opcodes.append(match.group(1))
+            branches.append((len(opcodes), int(target.group(1), 16)))
+        opcodes.append(opcode)
     while opcodes and base(opcodes[-1]) in ("NOP", "BRA"):  # what pads the end: a branch to itself and nothing
         opcodes.pop()
-    loops = {(labels[target], at) for at, target in branches if labels.get(target, at) < at < len(opcodes)}
+    loops = {(at[target], place) for place, target in branches if at.get(target, place) < place < len(opcodes)}
     return Code(tuple(opcodes), tuple(sorted(loops, key=lambda span: span[1] - span[0])))
