@@ -2,6 +2,7 @@
 # make test   install what the tests need and run them
 # make soak   the simulation of the control plane on ever new seeds, until stopped
 # make mutate break the control plane in every way and see whether the simulation notices
+# make cards  compile the GPU kernels and replace their table; needs no GPU
 # make lint   ruff, mypy and a C++ build with warnings as errors
 # make bench  the engine's own measurements on the embedded model
 SHELL := /bin/bash
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 # What a build reads: a change of any of these rebuilds the extension. Python files do not, the install is editable.
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help install run test soak mutate lint bench clean
+.PHONY: help install run test soak mutate cards lint bench clean
 
 help:
 	@sed -n 's/^# //p;/^[^#]/q' Makefile
@@ -75,6 +76,9 @@ soak: $(STAMPS)/native $(STAMPS)/dev
 
 mutate: $(STAMPS)/native $(STAMPS)/dev
 	@$(BIN)/python -m tests.sim.mutate $(MUTATE_ARGS)
+
+cards: $(STAMPS)/native $(STAMPS)/dev
+	@$(BIN)/ridgeline kernels cards --write
 
 lint: $(STAMPS)/native $(STAMPS)/dev
 	$(BIN)/ruff check .
