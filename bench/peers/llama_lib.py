@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 import types
 from collections.abc import Sequence
@@ -14,6 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 Float32 = npt.NDArray[np.float32]
+
+if platform.machine() == "x86_64":
+    # Asks Linux for the AMX tile registers (ARCH_REQ_XCOMP_PERM), which the library, driven this way, uses unasked. It
+    # is refused once something has set up a small stack for signals, as torch does, so when this module is imported.
+    ctypes.CDLL(None).syscall(158, 0x1023, 18)
 
 
 def load_bindings(source: Path) -> Any:

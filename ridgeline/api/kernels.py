@@ -27,11 +27,15 @@ def make_app() -> typer.Typer:
     return app
 
 
-def _prepare(root: Path) -> None:
-    """Kernels are interpreted in this process, and cases live beside the package."""
+def _require() -> None:
     missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} not installed: pip install 'ridgeline[cuda]'")
+
+
+def _prepare(root: Path) -> None:
+    """Kernels are interpreted in this process, and cases live beside the package."""
+    _require()
     os.environ["TRITON_INTERPRET"] = "1"
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
@@ -97,12 +101,13 @@ def cards(
         raise typer.Exit(1)
 
 
-def bench() -> None:
-    """Time every kernel on this machine's GPU against PyTorch."""
-    _prepare(Path(".").resolve())
-    import importlib
+def bench(op: Annotated[str | None, typer.Argument(help="an operator; all if none")] = None) -> None:
+    """Time kernels on this machine's GPU beside PyTorch's: us, TFLOPS, GB/s, share of the roofline, x library."""
+    _require()
+    from ridgeline.backends.cuda.ladder import gpu, table
 
-    torch = importlib.import_module("torch")
-    if not torch.cuda.is_available():
-        raise ConfigError("no GPU here: nothing is timed, and nothing else is shown in its place")
-    raise ConfigError("timing on a GPU is not built yet")
+    ops = table.names()
+    if op is not None and op not in ops:
+        raise ConfigError(f"no kernel file is called {op}: {', '.join(ops)}")
+    arch = gpu.device_arch()
+    print(gpu.render(gpu.timings([op] if op else ops), arch))

@@ -218,6 +218,13 @@ class SlotStart:
     min_tokens_ids: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     bad_words: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def asks_nothing(self) -> bool:
+        """Whether sampling is as if the slot had never started: no log of its tokens is kept either."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        minimum = self.min_tokens > 0 and len(self.min_tokens_ids) > 0
+        return penalties == (1.0, 0.0, 0.0) and not (len(self.bias_ids) or minimum or self.bad_words)
+
 
 @dataclass
 class Batch:

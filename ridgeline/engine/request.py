@@ -89,8 +89,8 @@ class Request(Sequence):
         self.drafter: NgramDrafter | None = None
         self.plain = self.logprobs is None and not speculates
 
-    def accept(self, token: int, output: StepOutput, row: int) -> bool:
-        """Take the token sampled by ``row`` of a step; True when the request has ended."""
+    def accept(self, token: int, output: StepOutput, row: int) -> None:
+        """Take the token sampled by ``row`` of a step, which may end the request."""
         self.output_ids.append(token)
         if self.logprobs is not None:
             assert self.params.logprobs is not None
@@ -102,7 +102,6 @@ class Request(Sequence):
             self.end("stop")
         elif number >= self.limit:
             self.end("length")
-        return self.finish_reason is not None
 
     def take_scores(self, output: StepOutput, row: int, number: int) -> None:
         """Rows ``row`` to ``row + number`` of a step are the next prompt tokens' log probabilities."""

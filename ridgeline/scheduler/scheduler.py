@@ -161,7 +161,8 @@ class Scheduler:
             return plan
         self.stats.steps += 1
         self.stats.tokens_computed += plan.num_tokens
-        plain = not plan.chunks and not plan.started
+        # Short of blocks, nobody was admitted: somebody may have given way, and the next step must look at the queue.
+        plain = not plan.chunks and not plan.started and not self._short
         self._steady = plain and len(plan.decodes) == len(self.running)
         if self._steady and not plan.repeats and any(s.lockstep for s in plan.decodes):
             self._steady = False

@@ -1,4 +1,4 @@
-"""Attention over a paged cache: the cases of tests/cases.py and those only GPU kernels have (windows, soft-caps, pages).
+"""Attention over a paged cache: the cases of tests/cases.py and those only GPU kernels have (windows, caps, pages).
 
 The cache is filled directly: the write of keys and values, and rope, are another operator's. What no request owns, and
 what lies in a request's last page after its context, is NaN.

@@ -1,4 +1,4 @@
-"""Rung 1 for attention: accurate, and the same bits whatever a row is computed beside, in whichever pieces and kernel."""
+"""Attention on the first rung: the same bits whatever a row is computed beside, in whichever pieces and kernel."""
 
 from __future__ import annotations
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from ridgeline.backends.cuda.ladder.accuracy import check, values
+from ridgeline.backends.cuda.ladder.accuracy import check
 from ridgeline.backends.cuda.ladder.interpret import run
-from tests.gpu import row_cases
+from ridgeline.backends.cuda.launch import ARCHS
+from tests.gpu import attention_cases, linear_cases, row_cases, sample_cases
+
+MODULES = (row_cases, linear_cases, attention_cases, sample_cases)
+CASES = [(module, case) for module in MODULES for case in module.CASES]
+BOTH = (linear_cases, attention_cases)  # of which the architectures have different kernels
+BUILDS = [(m, c, arch) for m, c in CASES for arch in (ARCHS if m in BOTH else ("sm_90",))]
 
 
-@pytest.mark.parametrize("case", row_cases.CASES, ids=lambda c: c.name)
-def test_case(case: object) -> None:
+@pytest.mark.parametrize(("module", "case", "arch"), BUILDS, ids=[f"{c.name}-{arch}" for _, c, arch in BUILDS])
+def test_case(module: Any, case: Any, arch: str) -> None:
     """Accurate, in bounds, every element written; the same bits in any order of programs."""
-    climb = row_cases.build(case, "sm_90")
+    climb = module.build(case, arch)
     before = {id(t): t.clone() for launch in climb.launches for t in launch.args.values() if hasattr(t, "clone")}
     run(climb.launches)
     for expected in climb.expected:
@@ -23,8 +31,25 @@ def test_case(case: object) -> None:
         for name in launch.updates:
             launch.args[name].copy_(before[id(launch.args[name])])
     run(climb.launches, seed=1)
-    for expected, bits in zip(climb.expected, first, strict=True):
-        assert (
-            torch.equal(expected.tensor.view(torch.uint8), bits.view(torch.uint8))
-            or (values(expected.tensor) == values(bits)).all()
-        )
+    for expected, kept in zip(climb.expected, first, strict=True):
+        assert torch.equal(bits(expected.tensor), bits(kept))
+
+
+ROW_WISE = [(m, c) for m, c in CASES if m is not attention_cases and 1 < c.rows < 20]  # test_attention.py
+
+
+@pytest.mark.parametrize(("module", "case"), ROW_WISE, ids=[case.name for _, case in ROW_WISE])
+def test_a_row_alone_has_the_same_bits(module: Any, case: Any) -> None:
+    """``batch_invariant``: what a row gives depends on no other row."""
+    whole, row = module.build(case, "sm_90"), case.rows - 1
+    alone = module.build(case, "sm_90", only=row)
+    for climb in (whole, alone):
+        run(climb.launches)
+    for one, all_rows in zip(alone.expected, whole.expected, strict=True):
+        if len(one.tensor) == 1:  # a cache keeps its size
+            assert torch.equal(bits(one.tensor), bits(all_rows.tensor[row : row + 1]))
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """What a tensor holds, NaN included, as comparable integers."""
+    return x.contiguous().view(torch.uint8)

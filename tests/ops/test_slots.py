@@ -217,6 +217,8 @@ def test_a_slot_forgets_its_last_owner(flat: Pair) -> None:
     demanding = SlotStart(3, bias_ids=np.array([30], np.int32), bias=np.array([9.0], np.float32), presence_penalty=1.0)
     assert greedy(flat, 3, 0, [1], demanding) == [30]
     assert greedy(flat, 3, 0, [5, 5], SlotStart(3)) == [5, 5]
+    assert greedy(flat, 3, 0, [1], demanding) == [30]
+    assert greedy(flat, 3, 20, [5], SlotStart(3)) == [5], "an owner that asks nothing may start behind a prefix hit"
     assert greedy(flat, 3, 0, [7, 7], replace(demanding, bias=np.array([1.5], np.float32))) == [30, 30]
     assert greedy(flat, 3, 0, [5], SlotStart(3, presence_penalty=2.0)) == [6]
 

@@ -11,8 +11,12 @@ Key = tuple[str, str, str, str]
 REASONS: dict[str, list[Key]] = {
     "the scheduler resets the pools before they are used": [
         ("ridgeline.kvcache.block_pool", "BlockPool.__init__", "self.reset()", "pass"),
+        ("ridgeline.kvcache.prefix", "PrefixIndex.__init__", "self.reset()", "pass"),
+        ("ridgeline.scheduler.queue", "WaitingQueue.__init__", "self.clear()", "pass"),
     ],
     "guards against wrong callers, of which there are none; tests/control/test_block_pool.py calls it wrongly": [
+        ("ridgeline.kvcache.block_pool", "BlockPool.__init__", "if num_blocks < 1: ... (2 lines)", "pass"),
+        ("ridgeline.kvcache.block_pool", "BlockPool.__init__", "1 in num_blocks < 1", "0"),
         (
             "ridgeline.kvcache.block_pool",
             "BlockPool.allocate",
@@ -105,6 +109,7 @@ REASONS: dict[str, list[Key]] = {
     "open and fork set it": [
         ("ridgeline.kvcache.cache", "BlockTable.__init__", "self.capacity = 0", "pass"),
         ("ridgeline.kvcache.cache", "BlockTable.__init__", "0 in self.capacity = 0", "1"),
+        ("ridgeline.kvcache.cache", "BlockTable.__init__", "0 in [0]", "1"),
     ],
     "None is no drafts as well": [
         ("ridgeline.scheduler.ngram", "NgramDrafter.draft", "return []", "return None"),
@@ -181,6 +186,7 @@ REASONS: dict[str, list[Key]] = {
         ),
     ],
     "as far away": [
+        ("ridgeline.scheduler.sequence", "", "2 in 2 ** 62", "3"),
         ("ridgeline.scheduler.sequence", "", "62 in 2 ** 62", "63"),
         ("ridgeline.scheduler.sequence", "", "62 in 2 ** 62", "61"),
     ],
@@ -190,6 +196,116 @@ REASONS: dict[str, list[Key]] = {
     ],
     "only a pooled sequence has no limit, and it has no output": [
         ("ridgeline.scheduler.sequence", "Sequence.restart", "self.limit or NEVER", "self.limit"),
+    ],
+    "any number but 0 is true": [
+        ("ridgeline.kvcache.block_pool", "BlockPool.keep", "1 in self._kept[block] = 1", "2"),
+    ],
+    "whoever is woken, or ends while it waits, leaves the list itself (Scheduler._unpark)": [
+        ("ridgeline.kvcache.prefix", "PrefixIndex.release_writer", "node.waiters = []", "pass"),
+    ],
+    "named in annotations alone, which nobody evaluates": [
+        ("ridgeline.kvcache.cache", "", "Span = Callable[[int, int], bytes]", "pass"),
+    ],
+    "the engine, which makes them all, always says it": [
+        ("ridgeline.kvcache.cache", "CacheGroup", "0 in window: int = 0", "1"),
+    ],
+    "the engine makes the list for it and keeps none": [
+        ("ridgeline.kvcache.cache", "KVCache.__init__", "list(groups)", "groups"),
+    ],
+    "without sharing nothing is ever indexed, so nothing is found": [
+        ("ridgeline.kvcache.cache", "KVCache.find", "if not self.sharing: ... (2 lines)", "pass"),
+    ],
+    "a run of blocks not broken since the root is as long as any that can be needed, and one more is as good": [
+        ("ridgeline.kvcache.cache", "KVCache.find", "0 in [0]", "1"),
+    ],
+    "lengths that are equal by construction: one entry for each group, or for each size of n-gram": [
+        ("ridgeline.kvcache.cache", "KVCache.find", "True in strict=True", "False"),
+        ("ridgeline.kvcache.cache", "KVCache.room", "True in strict=True", "False"),
+        ("ridgeline.scheduler.ngram", "NgramDrafter.push", "True in strict=True", "False"),
+        ("ridgeline.scheduler.ngram", "NgramDrafter.draft", "True in strict=True", "False"),
+    ],
+    "a pending node keeps the root; without one the root is held by the table opened next, which lets it go": [
+        ("ridgeline.kvcache.cache", "KVCache.find", "index.prune(index.root(salt))", "pass"),
+    ],
+    "growing by no block changes nothing and succeeds": [
+        ("ridgeline.kvcache.cache", "KVCache.grow", "need <= 0", "need < 0"),
+    ],
+    "a second check: whoever grows a table has seen that there are blocks for it": [
+        (
+            "ridgeline.kvcache.cache",
+            "KVCache.grow",
+            "if any((pool.num_available < need for pool in self.pools)): ... (2 lines)",
+            "pass",
+        ),
+        (
+            "ridgeline.kvcache.cache",
+            "KVCache.grow",
+            "any((pool.num_available < need for pool in self.pools))",
+            "all((pool.num_available < need for pool in self.pools))",
+        ),
+        ("ridgeline.kvcache.cache", "KVCache.grow", "False in return False", "True"),
+    ],
+    "blocks are let go by windows only after all that is settled is registered": [
+        (
+            "ridgeline.kvcache.cache",
+            "KVCache.register",
+            "block >= 0 and node.blocks[group] < 0",
+            "node.blocks[group] < 0",
+        ),
+    ],
+    "the second time it is no longer the writer of what it announced, and it announces nothing more": [
+        ("ridgeline.kvcache.cache", "KVCache.retract", "table.announced = []", "pass"),
+    ],
+    "without a target the level is never changed from the most": [
+        (
+            "ridgeline.scheduler.budget",
+            "StepBudget.tokens",
+            "self.target_us is None or not decoding",
+            "not decoding",
+        ),
+    ],
+    "numbers that are only compared with each other": [
+        ("ridgeline.scheduler.queue", "WaitingQueue.__init__", "0 in self._arrivals = 0", "1"),
+    ],
+    "with no step under way everybody who decodes may generate another token, or would have ended": [
+        (
+            "ridgeline.scheduler.scheduler",
+            "Scheduler._repeat",
+            "self._finished_step < self._number",
+            "self._finished_step <= self._number",
+        ),
+        (
+            "ridgeline.scheduler.scheduler",
+            "Scheduler._repeat",
+            "lookahead and any((s.num_computed >= s.max_len for s in last.decodes))",
+            "any((s.num_computed >= s.max_len for s in last.decodes))",
+        ),
+    ],
+    "whoever has a chunk or has started runs and does not decode, so that fewer decode than run": [
+        (
+            "ridgeline.scheduler.scheduler",
+            "Scheduler._commit",
+            "not plan.chunks and (not plan.started) and (not self._short)",
+            "not plan.started and (not self._short)",
+        ),
+        (
+            "ridgeline.scheduler.scheduler",
+            "Scheduler._commit",
+            "not plan.chunks and (not plan.started) and (not self._short)",
+            "not plan.chunks and (not self._short)",
+        ),
+    ],
+    "nobody who is promoted gives way, so that only one that has ended loses it": [
+        ("ridgeline.scheduler.scheduler", "Scheduler._release", "False in (None, False)", "True"),
+    ],
+    "read only of those who run, and set when they start to": [
+        ("ridgeline.scheduler.sequence", "Sequence.restart", "0 in self.first_step = self.last_step = 0", "1"),
+    ],
+    "where the prompt ends exactly there, no output is added to it": [
+        ("ridgeline.scheduler.sequence", "Sequence.span", "stop <= size", "stop < size"),
+    ],
+    "a request for the last state has one row": [
+        ("ridgeline.engine.request", "Request.pool", "1 in -1", "0"),
     ],
     "asks in vain whether a request still runs, which with one open step it does": [
         (

@@ -15,7 +15,7 @@ import numpy as np
 from ridgeline.core.types import POOL, Batch, StepOutput, Ticket, TokenMasks
 from ridgeline.engine.engine import EngineLimits
 from tests.sim.batches import BatchReader, Step, Work, need
-from tests.sim.model import CELL, Row, Rules, best, logprob, sample, see, state_row
+from tests.sim.model import CELL, Row, Rules, best, logprob, sample, see, state_row, took
 
 POISON = -(2**40)
 
@@ -42,14 +42,9 @@ class Memory:
     log: list[int] = field(default_factory=lambda: [0])
 
 
-def took(tokens: int) -> int:
-    """Microseconds that a step of so many tokens takes."""
-    return 50 + 20 * tokens
-
-
 @dataclass
 class Counts:
-    """What the simulation did, for bounds on work."""
+    """What the simulation did, for bounds on work; ``built``: batches that share nothing with the one before."""
 
     steps: int = 0
     tokens: int = 0
@@ -58,6 +53,7 @@ class Counts:
     copies: int = 0
     most_requests: int = 0
     most_open: int = 0
+    built: int = 0
 
 
 class SimModel:
@@ -95,6 +91,7 @@ class SimModel:
         self.results: dict[int, list[Sampled]] = {}
         self.counts = Counts()
         self.launches = 0  # those that failed as well
+        self.slots: object = None  # of the last batch
 
     def launch(self, batch: Batch) -> Ticket:
         """Check a step, take what it needs out of the batch's buffers, and run it now or later."""
@@ -108,6 +105,8 @@ class SimModel:
         counts.tokens += sum(len(w.tokens) for w in step.work)
         counts.drafts += sum(len(w.rows) - 1 for w in step.work if w.drafts)
         counts.copies += sum(len(pairs) for pairs in step.copies)
+        counts.built += batch.slots is not self.slots
+        self.slots = batch.slots
         counts.most_requests = max(counts.most_requests, len(step.work))
         number = counts.steps
         if self.fail("middle"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from tests.sim import view
-from tests.sim.executor import took
 from tests.sim.oracles import Oracles, Record, common, must
 
 
@@ -18,20 +17,15 @@ class Fairness:
         self.excused: set[int] = set()  # by id(): those that wait for what another computes
         self.fed: dict[int, int] = {}  # by id(): tokens of each before the step
         self.tokens = 0
-        self.mixed: tuple[int, bool] | None = None  # the last step that decoded and more: its tokens, prompts cut short
 
     def before_step(self) -> None:
         """Note who waits and who runs."""
         live, counts = self.oracles.live, self.oracles.model.counts
         self.waited = [r for r in live if r.request.slot < 0]
-        self.running = [(r, r.fed, bool(r.request.output_ids)) for r in live if r.request.slot >= 0]
+        self.running = [(r, r.fed, r.caught_up and not r.case.pooling) for r in live if r.request.slot >= 0]
         self.fed = {id(r): r.fed for r in live}
         self.excused = {id(r) for r in self.waited if self.may_park(r)}
         self.tokens = counts.tokens
-
-    def turn(self, record: Record) -> tuple[int, int]:
-        """Its place in the queue: each level of priority is worth so many steps of waiting, then who came first."""
-        return record.launches + record.case.priority * self.limits.priority_aging_steps, record.order
 
     def may_park(self, record: Record) -> bool:
         """Whether somebody who runs computes what it shares with him: a block at least, or the same prompt."""
@@ -48,39 +42,19 @@ class Fairness:
         started = [r for r in self.waited if r.request.slot >= 0 or r.fed > self.fed[id(r)]]
         still = [r for r in self.waited if r.live and view.queued(r.request)]
         if started and still:
-            first = min(map(self.turn, still))
+            first = min(map(self.oracles.turn, still))
             for record in started:
-                must(self.turn(record) < first, f"case {record.case.number} has overtaken another that waits")
+                must(self.oracles.turn(record) < first, f"case {record.case.number} has overtaken another that waits")
         parked = [r for r in self.waited if r.live and view.parked(r.request)]
         for record in parked:
             must(id(record) in self.excused or self.may_park(record), "a request is parked, and nobody computes for it")
-        if self.limits.max_open_steps == 1:
-            self.adapt()
         if self.oracles.scenario.roomy and self.limits.max_open_steps == 1 and self.limits.max_preemptions:
             self.nobody_stands_still(len(started), len(parked), still)
 
     def scored(self) -> bool:
-        """Whether rows of prompts are wanted, of which a step has only so many."""
-        return any(r.case.pooling or r.case.params.prompt_logprobs is not None for r in self.oracles.records)
-
-    def adapt(self) -> None:
-        """With a latency target: a step that decodes and took too long is followed by a smaller one, and one that
-        was short and left prompts behind by a larger one."""
-        model, limits, target = self.oracles.model, self.limits, self.limits.step_target_us
-        tokens = model.counts.tokens - self.tokens
-        decodes = sum(decodes for _, _, decodes in self.running)
-        if target is None or self.oracles.scenario.jumps or limits.speculation or not decodes or tokens <= decodes:
-            return
-        cut = any(
-            r.live and not r.request.output_ids and r.hit + r.fed < len(r.case.prompt) for r, _, _ in self.running
-        )
-        if self.mixed is not None and tokens > decodes + 1:
-            before, cut_before = self.mixed
-            if took(before) > target:
-                must(tokens < before, f"a step of {tokens} tokens after one of {before} that took too long")
-            elif cut and cut_before and self.oracles.scenario.roomy and not self.scored():
-                must(tokens > before or tokens == limits.max_tokens, "the budget of a step does not recover")
-        self.mixed = tokens, cut
+        """Whether rows of prompts were wanted, of which a step has only so many."""
+        live = (r for r in self.oracles.records if id(r) in self.fed)
+        return any(r.case.pooling or r.case.params.prompt_logprobs is not None for r in live)
 
     def nobody_stands_still(self, started: int, parked: int, still: list[Record]) -> None:
         """With blocks for all: everybody decodes, and while there is budget prompts advance and requests start."""

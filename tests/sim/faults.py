@@ -141,6 +141,12 @@ FAULTS = (
         "self._spare_rows, left",
     ),
     PlantedFault(
+        "a step short of blocks is repeated, and nobody looks at the queue",
+        SCHEDULER,
+        "not plan.started and not self._short\n",
+        "not plan.started\n",
+    ),
+    PlantedFault(
         "stale slot state: a new owner's sampler is not reset",
         BATCHING,
         "            start = SlotStart(slot)\n",

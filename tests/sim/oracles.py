@@ -6,6 +6,7 @@ Each oracle is general: none knows of a particular bug.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ridgeline.engine.engine import Engine
@@ -13,6 +14,7 @@ from ridgeline.engine.request import Request
 from tests.sim import view
 from tests.sim.batches import Step, Work
 from tests.sim.executor import SimModel
+from tests.sim.guesses import Guesser
 from tests.sim.model import Solo
 from tests.sim.workload import Case, Scenario
 
@@ -41,6 +43,10 @@ class Record:
         ended: what it had come to when it ended: (reason, tokens, text), which nothing may change.
         reads: its text as a reader got it, in pieces.
         aborted: whether an abort was asked for while it had not ended.
+        last, tables: number of the last launched step with tokens of it, and its block tables then.
+        caught_up: whether all its known tokens have been launched, since it started the last time.
+        gave_way: how often it had been preempted when it was launched last.
+        guesser: what its guesses so far allow it.
     """
 
     case: Case
@@ -57,6 +63,11 @@ class Record:
     ended: tuple[str, list[int]] | None = None
     reads: str = ""
     aborted: bool = False
+    last: int = 0
+    tables: list[list[int]] = field(default_factory=list)
+    caught_up: bool = False
+    gave_way: int = 0
+    guesser: Guesser = field(default_factory=Guesser)
 
     @property
     def live(self) -> bool:
@@ -91,7 +102,12 @@ class Oracles:
     def __post_init__(self) -> None:
         self.poisoned = [set() for _ in self.scenario.rules.windows]
         self.model.watch = self.launched
-        self.busy_before: list[Record] = []
+        self.watchers: list[Callable[[Step], None]] = []  # told every step as it is launched
+        self.launching: list[Work] = []  # of the step that they are told of
+
+    def turn(self, record: Record) -> tuple[int, int]:
+        """Its place in the queue: each level of priority is worth so many steps of waiting, then who came first."""
+        return record.launches + record.case.priority * self.scenario.limits.priority_aging_steps, record.order
 
     # -- at a launch -------------------------------------------------------------------------------------------------
 
@@ -113,7 +129,14 @@ class Oracles:
                 must(not view.is_indexed(self.engine, group, block), f"block {block} is written and in the index")
             self._no_conflict(step, group, window, written)
         for work in step.work:
-            self._account(owners[work.slot], work)
+            record = owners[work.slot]
+            self._account(record, work)
+            record.last = self.model.counts.steps + 1
+            record.tables = [list(view.table(record.request, group)) for group in range(len(self.poisoned))]
+        self.launching = step.work
+        for watcher in self.watchers:
+            watcher(step)
+        self.launching = []
 
     def _no_conflict(self, step: Step, group: int, window: int, written: set[int]) -> None:
         """Nothing is written that a step under way reads or writes for another slot."""
@@ -128,10 +151,17 @@ class Oracles:
 
     def _account(self, record: Record, work: Work) -> None:
         record.fed += len(work.tokens)
+        request, guesser = record.request, record.guesser
+        if record.gave_way != request.preemptions:
+            record.gave_way, record.caught_up = request.preemptions, False
+        record.caught_up |= work.end >= len(record.tokens())
+        guesser.learn(request.preemptions)
         if work.drafts:
-            drafts = work.tokens[work.rows[0][0] + 1 :]
+            drafts, length = work.tokens[work.rows[0][0] + 1 :], len(request.output_ids)
             record.drafted += len(drafts)
-            self._drafts(record, drafts)
+            wrong = guesser.wrong(drafts, record.tokens(), length, self.scenario.limits)
+            must(not wrong, wrong)
+            guesser.last = work, length, request.preemptions
         if record.started is None:
             record.started = self.model.counts.steps + 1
             record.hit = work.first
@@ -141,18 +171,6 @@ class Oracles:
             if self.shares_exactly(record):
                 expected = self.expected_hit(record)
                 must(work.first >= expected, f"{expected} tokens are cached, {work.first} were used")
-
-    def _drafts(self, record: Record, drafts: list[int]) -> None:
-        """Drafts are what followed the longest end of the text that was met before, the last time it was met."""
-        limits, known = self.scenario.limits, record.tokens()
-        must(len(drafts) <= limits.num_draft_tokens, "more drafts than may be")
-        for size in range(limits.ngram_max, limits.ngram_min - 1, -1):
-            for at in range(len(known) - 1, size - 1, -1):
-                if known[at - size : at] == known[-size:]:
-                    follow = known[at:]
-                    must(drafts == [follow[i % len(follow)] for i in range(len(drafts))], "drafts from nowhere")
-                    return
-        raise Violation("drafts without an earlier occurrence")
 
     def shares_exactly(self, record: Record) -> bool:
         """Whether it can be said how much a request must find in the cache."""
@@ -188,6 +206,7 @@ class Oracles:
         must(len(self.model.open) == view.open_steps(self.engine), "the engine has lost count of its open steps")
         for group in range(len(self.poisoned)):
             self._blocks(group, open_work)
+        self._reported()
         slots = [r.request.slot for r in self.live if r.request.slot >= 0]
         must(len(set(slots)) == len(slots), "two requests own one slot")
         for record in self.live:
@@ -195,6 +214,21 @@ class Oracles:
                 record.request.preemptions <= self.scenario.limits.max_preemptions,
                 "a request was preempted more often than may be",
             )
+            must(
+                not self.scenario.roomy or not record.request.preemptions,
+                "a request gave way though there is room for all",
+            )
+
+    def _reported(self) -> None:
+        """What the engine says of itself."""
+        engine, groups = self.engine, range(len(self.poisoned))
+        running = sum(r.request.slot >= 0 for r in self.live)
+        told = (engine.num_running, engine.num_waiting)
+        must(told == (running, len(self.live) - running), f"{told} are said to run and to wait")
+        cached = sum(len(view.cached(engine, g)) for g in groups)
+        idle = cached + sum(len(view.free(engine, g)) for g in groups)
+        held = sum(self.scenario.limits.num_blocks) - idle
+        must((engine.num_cached_blocks, engine.num_held_blocks) == (cached, held), "blocks are miscounted")
 
     def _blocks(self, group: int, open_work: list[Work]) -> None:
         """Recount the blocks of one group, and overwrite those that became free."""
@@ -211,9 +245,11 @@ class Oracles:
             size, window = limits.block_size, self.scenario.rules.windows[group]
             used = {w.blocks[group][i] for w in open_work for i in (*w.read(size, window), *w.written(size))}
             must(not used & (free | cached), "a block that an open step uses was let go")
-            loose = {b for w in open_work for b in self.model.reader.tables[group][w.slot] if b >= 0}
+            gone = (r for r in self.records if r.last in self.model.open and r.request.slot < 0)
+            loose = {b for r in gone for b in r.tables[group] if b >= 0} - held.keys()
             rest = limits.num_blocks[group] - known
-            must(rest <= len(loose - held.keys()), f"{rest} blocks are held by nobody")
+            exact = window == 0  # what it sees no more may have been let go before
+            must(rest <= len(loose) if not exact else rest == len(loose), f"{rest} blocks are held by nobody")
         # Steps run in order, so a block that an open step only copies from may be let go: whoever writes it does so
         # after the copy. It is overwritten here once no open step needs it.
         free -= {s for step in self.model.open.values() if step.copies for s, _ in step.copies[group]}

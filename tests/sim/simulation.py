@@ -15,10 +15,13 @@ from ridgeline.core.errors import QueueFullError, RequestError
 from ridgeline.engine.engine import Engine
 from ridgeline.engine.request import Request
 from tests.sim import view
+from tests.sim.allowance import Allowance
 from tests.sim.executor import Fault, SimModel
 from tests.sim.fairness import Fairness
 from tests.sim.model import NAN_SEED, Answer, Letters, Row, answer, row_of, state_row, states
 from tests.sim.oracles import Oracles, Record, must
+from tests.sim.pressure import Pressure
+from tests.sim.reuse import Reuse
 from tests.sim.workload import Case, Scenario, blocks_for
 
 
@@ -79,6 +82,10 @@ class Simulation:
             view.truncate_hashes(self.engine, scenario.hash_bits)
         self.oracles = Oracles(scenario, self.engine, self.model)
         self.fairness = Fairness(self.oracles)
+        self.pressure = Pressure(self.oracles)
+        self.reuse = Reuse(self.oracles)
+        self.allowance = Allowance(self.oracles, self.clock)
+        self.late: list[tuple[int, list[Request], Record]] = []  # samples to come: step, requests, the first
         self.step = 0
         self.failed = False
 
@@ -87,14 +94,17 @@ class Simulation:
     def run(self) -> None:
         """Run to the end, and compare everything with what it must be."""
         arriving = sorted(self.scenario.cases, key=lambda c: (c.arrival, c.number), reverse=True)
-        last = max((c.arrival for c in arriving), default=0)
-        while arriving or self.engine.has_work:
+        last = max((c.arrival + c.late for c in arriving), default=0)
+        while arriving or self.late or self.engine.has_work:
             while arriving and arriving[-1].arrival <= self.step:
                 self.arrive(arriving.pop())
+            self.arrive_late()
             self.abort_some()
             self.clock.now += self.scenario.jumps.get(self.step, 0)
             if self.engine.has_work:
                 self.advance()
+            elif self.rng.random() < 0.5:
+                self.stand_still()
             self.after_step()
             self.step += 1
             must(self.step <= last + self.most_steps(), f"after {self.step} steps requests still wait")
@@ -104,10 +114,14 @@ class Simulation:
         """One step of the engine; when it fails, it must have dropped everything, and serve again."""
         oracles = self.oracles
         self.fairness.before_step()
+        self.pressure.before_step()
+        self.reuse.before_step()
+        self.allowance.before_step()
         try:
             self.engine.step()
         except Fault:
             self.failed = True
+            self.allowance.dropped()
             must(not self.engine.has_work, "a failed step leaves work behind")
             for record in oracles.live:
                 must(record.request.finish_reason == "abort", "a request survives a failed step")
@@ -121,11 +135,20 @@ class Simulation:
                     self.arrive(record.case)
         else:
             self.fairness.after_step()
+            self.allowance.after_step()
+
+    def stand_still(self) -> None:
+        """A step of an idle engine does nothing."""
+        launches, steps = self.model.launches, self.engine.stats().steps
+        self.engine.step()
+        must(not self.engine.has_work and self.model.launches == launches, "an idle engine launches a step")
+        must(self.engine.stats().steps == steps, "an idle engine counts a step")
 
     def most_steps(self) -> int:
         """Steps in which everything must be over, were it served one by one, preempted as often as may be."""
         limits = self.scenario.limits
         alone = sum(len(r.case.prompt) + r.request.limit + 2 for r in self.oracles.records)
+        alone += sum(step for step, _, _ in self.late)
         return 10 + alone * (2 + limits.max_preemptions) * limits.max_open_steps
 
     def after_step(self) -> None:
@@ -163,12 +186,26 @@ class Simulation:
     # -- arrivals ----------------------------------------------------------------------------------------------------
 
     def arrive(self, case: Case) -> None:
-        """Submit a case, if it is possible; refused may be only what is not."""
+        """Submit a case, if it is possible; its samples after the first may come later."""
         requests = self.make(case)
         if requests is None:
             return
+        now = 1 if case.late else len(requests)
+        leader = self.submit(case, requests[:now], None)
+        if leader is not None and requests[now:]:
+            self.late.append((self.step + case.late, requests[now:], leader))
+
+    def arrive_late(self) -> None:
+        """Submit the samples that are due, whatever has become of the first."""
+        due = [x for x in self.late if x[0] <= self.step]
+        self.late = [x for x in self.late if x[0] > self.step]
+        for _, requests, leader in due:
+            self.submit(leader.case, requests, leader)
+
+    def submit(self, case: Case, requests: list[Request], leader: Record | None) -> Record | None:
+        """Submit requests; refused may be only what is too many. Returns the first of the samples of their prompt."""
         waiting = [r.request for r in self.oracles.live if r.request.slot < 0]
-        limits = self.scenario.limits
+        limits, first = self.scenario.limits, 0 if leader is None else 1
         tokens = sum(r.num_tokens for r in waiting if not view.parked(r)) + len(requests) * len(case.prompt)
         full = limits.max_queued_requests is not None and len(waiting) + len(requests) > limits.max_queued_requests
         full |= limits.max_queued_tokens is not None and tokens > limits.max_queued_tokens
@@ -176,15 +213,15 @@ class Simulation:
             self.engine.submit(requests)
         except QueueFullError:
             must(full, "a request was refused though the queue has room")
-            return
+            return None
         must(not full, "more requests wait than may")
         self.submit_again(requests)
-        leader = None
-        for index, request in enumerate(requests):
+        for index, request in enumerate(requests, first):
             record = Record(case, request, index, self.step, len(self.oracles.records), self.model.launches, leader)
             leader = leader or record
             self.oracles.records.append(record)
             self.oracles.live.append(record)
+        return leader
 
     def submit_again(self, requests: list[Request]) -> None:
         """A request that was submitted is refused from then on."""
@@ -224,6 +261,7 @@ class Simulation:
         """Every answer is right, nothing is held, the counters tell what happened."""
         must(not self.engine.has_work and not self.oracles.live, "an engine without work has live requests")
         must(not self.model.open, "an idle engine has an open step")
+        self.stand_still()
         for group, blocks in enumerate(self.scenario.limits.num_blocks):
             idle = len(view.free(self.engine, group)) + len(view.cached(self.engine, group))
             must(idle == blocks, f"an idle engine holds {blocks - idle} blocks of group {group}")

@@ -91,8 +91,9 @@ def test_what_is_not_rebuilt_is_missed(runs: list[Recorded]) -> None:
     tried = missed = 0
     for run in runs:
         for record, report in run.reports:
-            if not record.live or not report.rebuilt_tokens or run.scenario.rules.windows != (0,):
-                continue
+            rules = run.scenario.rules
+            if not record.live or not report.rebuilt_tokens or rules.windows != (0,) or rules.loopy > 8:
+                continue  # where most tokens follow from the last alone, it hardly matters what the cache holds
             live = record.live[0]
             if len(live.tokens) < 8 or not prefixes(record) or not _sampled(record, live.slot):
                 continue

@@ -6,11 +6,12 @@ that an engine concludes from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from zlib import crc32
 
 from ridgeline.engine.engine import Engine
 from ridgeline.engine.request import Request
+from ridgeline.kvcache.prefix import Node
 from ridgeline.scheduler.sequence import State
 
 
@@ -54,6 +55,34 @@ def indexed(engine: Engine, group: int) -> Iterator[tuple[int, list[bytes]]]:
             path.append(node.tokens)
             node = node.parent
         yield block, path[::-1]
+
+
+def content(engine: Engine, group: int) -> dict[int, Node]:
+    """What every block that may be found by its content holds: nodes, which are equal only to themselves."""
+    return engine._cache.index._at[group]
+
+
+def nodes(engine: Engine) -> Iterator[Node]:
+    """Every block's worth of tokens that the prefix index knows, whether or not a block holds it."""
+    return iter(engine._cache.index._nodes.values())
+
+
+class Chains:
+    """The nodes of the prefix index by what is before them, as they are now, whatever their hashes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._roots = engine._cache.index._roots
+        self._after = {(id(node.parent), node.tokens): node for node in nodes(engine)}
+
+    def follow(self, salt: Hashable, pieces: Sequence[bytes]) -> list[list[int]]:
+        """Of each of ``pieces`` that is in the index after those before it, the block of every group (-1: none)."""
+        node, found = self._roots.get(salt), []
+        for piece in pieces if node is not None else ():
+            node = self._after.get((id(node), piece))
+            if node is None:
+                break
+            found.append(node.blocks)
+        return found
 
 
 def open_steps(engine: Engine) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ridgeline.core.types import SamplingParams
 from ridgeline.engine.engine import EngineLimits
-from tests.sim.model import NAN_SEED, Rules, answer_tokens, letter
+from tests.sim.model import NAN_SEED, Rules, answer_tokens, letter, took
 
 BLOCK_SIZES = (1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 8, 16, 32)
 
@@ -23,6 +23,7 @@ class Case:
         arrival: step before which it is submitted.
         prompt, params, priority, salt, stream: as ``make_requests`` takes them.
         pooling: "mean" or "last" for a request that is only read.
+        late: steps after the first of its samples at which the others are submitted.
         abort_after: steps from its arrival until one of its samples is aborted; None: never.
         reader: of its text: "eager" after every step, "lazy" now and then, "stalled" never until it has ended.
     """
@@ -35,6 +36,7 @@ class Case:
     salt: str | None = None
     stream: bool = False
     pooling: str | None = None
+    late: int = 0
     abort_after: int | None = None
     reader: str = "eager"
 
@@ -78,7 +80,7 @@ def draw(seed: int) -> Scenario:
     groups = rng.choice((1, 1, 1, 2, 2, 3))
     windows = tuple(0 if rng.random() < (0.8 if g == 0 else 0.3) else rng.randint(1, 24) for g in range(groups))
     speculation = rng.random() < 0.4
-    rules = Rules(vocab, windows, rng.choice((0, 12, 16)) if speculation else rng.choice((0, 0, 8)))
+    rules = Rules(vocab, windows, rng.choice((0, 12, 16, 16)) if speculation else rng.choice((0, 0, 8)))
     eos = frozenset(rng.sample(range(vocab), rng.randint(0, 2))) if vocab > 5 else frozenset()
     max_len = rng.randint(12, 56)
     cases = _cases(rng, rules, eos, max_len)
@@ -90,7 +92,10 @@ def draw(seed: int) -> Scenario:
         faults = [(rng.choice(kinds), rng.randint(1, 25)) for _ in range(rng.randint(1, 4))]
     jumps = {}
     if limits.step_target_us is not None:
-        jumps = {rng.randint(1, 60): rng.choice((-1, 1)) * rng.randint(1, 10**6) for _ in range(rng.randint(0, 4))}
+        jumps = {
+            rng.randint(1, 60): rng.choice((-1, 1)) * rng.randint(1, 10**6)
+            for _ in range(rng.choice((0, 0, 0, 1, 2, 4)))
+        }
     return Scenario(
         seed, limits, rules, eos, rng.random() < 0.4, rng.choice((None, None, None, None, 0, 2, 4)), roomy, cases,
         faults, jumps,
@@ -132,8 +137,13 @@ def _limits(
         max_queued_tokens=rng.randint(20, 200) if rng.random() < 0.1 else None,
         max_preemptions=rng.choice((0, 1, 2, 4)),
         priority_aging_steps=rng.choice((1, 4, 16, 256)),
-        step_target_us=rng.randint(70, 500) if rng.random() < 0.25 else None,
+        step_target_us=_target(rng) if rng.random() < 0.3 else None,
     )
+
+
+def _target(rng: Random) -> int:
+    """A latency target, often one that a step can hit exactly."""
+    return rng.choice((rng.randint(70, 300), took(rng.randint(2, 8))))
 
 
 def _cases(rng: Random, rules: Rules, eos: frozenset[int], max_len: int) -> list[Case]:
@@ -142,12 +152,14 @@ def _cases(rng: Random, rules: Rules, eos: frozenset[int], max_len: int) -> list
     families = [[rng.randrange(rules.vocab) for _ in range(max_len)] for _ in range(rng.randint(1, 2))]
     spread = rng.choice((0, 3, 15))
     aborts = rng.choice((0.0, 0.0, 0.2, 0.5))
-    urgent, salted = rng.random() < 0.3, rng.random() < 0.25
+    urgent, salted, growing = rng.random() < 0.3, rng.random() < 0.25, rng.random() < 0.15
     cases: list[Case] = []
     for i in range(number):
         prompt = _prompt(rng, rules, eos, max_len, families, cases)
+        if growing:  # short prompts and long answers, so that blocks run out while all decode
+            prompt = prompt[: rng.randint(1, 8)]
         pooling = rng.choice(("mean", "last")) if rng.random() < 0.06 else None
-        params = SamplingParams() if pooling else _params(rng, rules, max_len - len(prompt))
+        params = SamplingParams() if pooling else _params(rng, rules, growing)
         cases.append(
             Case(
                 number=i,
@@ -158,7 +170,8 @@ def _cases(rng: Random, rules: Rules, eos: frozenset[int], max_len: int) -> list
                 salt=None if pooling or not salted else rng.choice((None, "a", "b")),
                 stream=not pooling and rng.random() < 0.15,
                 pooling=pooling,
-                abort_after=rng.randint(0, 25) if rng.random() < aborts else None,
+                late=rng.randint(1, 12) if params.n > 1 and rng.random() < 0.5 else 0,
+                abort_after=rng.randint(0, rng.choice((3, 25))) if rng.random() < aborts * params.n else None,
                 reader=rng.choice(("eager", "lazy", "stalled")),
             )
         )
@@ -184,10 +197,10 @@ def _prompt(
     return (rng.choice(families)[:shared] + [rng.randrange(rules.vocab) for _ in range(own)])[:most]
 
 
-def _params(rng: Random, rules: Rules, room: int) -> SamplingParams:
+def _params(rng: Random, rules: Rules, growing: bool) -> SamplingParams:
     vocab = rules.vocab
     values: dict[str, Any] = {
-        "max_tokens": rng.randint(1, rng.choice((3, 16, 36))),
+        "max_tokens": rng.randint(16, 36) if growing else rng.randint(1, rng.choice((3, 16, 36))),
         "seed": NAN_SEED if rng.random() < 0.01 else rng.getrandbits(64),
         "temperature": rng.choice((0, 0.5, 1.0, 1.0)),
         "ignore_eos": rng.random() < 0.7,
@@ -200,7 +213,7 @@ def _params(rng: Random, rules: Rules, room: int) -> SamplingParams:
         values["logprobs"] = rng.randint(0, 3)
     if rng.random() < 0.1:
         values["prompt_logprobs"] = rng.randint(0, 3)
-    if values["temperature"] and rng.random() < 0.2:
+    if values["temperature"] and rng.random() < 0.25:
         values["n"] = rng.randint(2, 4)
     if rng.random() < 0.15:
         values |= {"top_k": rng.randint(-1, 5), "top_p": 0.5, "min_p": 0.25}

@@ -17,11 +17,13 @@ class Config:
     Attributes:
         meta: constexpr parameters by name.
         num_warps, num_stages: as Triton takes them.
+        fuse: whether the compiler may contract a product and a sum; not where the CPU's bits are wanted.
     """
 
     meta: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    fuse: bool = True
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,9 @@ class ReferenceExecutor:
 
     def _feed_logs(self, batch: Batch, tokens: Int32) -> None:
         for start in batch.slot_starts:
-            self._logs[start.slot] = SlotLog(start)
+            self._logs.pop(start.slot, None)
+            if not start.asks_nothing:
+                self._logs[start.slot] = SlotLog(start)
         for b, slot in enumerate(batch.slots):
             if int(slot) in self._logs:
                 first, end = batch.query_starts[b], batch.query_starts[b + 1]

@@ -24,7 +24,6 @@ from ridgeline.backends.cuda.kernels.attention_prefill import (
     common_args,
     find_tile,
     meta_tensors,
-    parts,
     shape_of,
     tiles,
     weights_of,

@@ -381,7 +381,7 @@ def attention_prefill(
     return [Launch(prefill_kernel, grid, args, Config(meta, warps, stages), written, updated)]
 
 
-def meta_tensors(requests: int, tokens: int, context: int, head_dim: int = 128) -> dict[str, torch.Tensor]:
+def meta_tensors(requests: int, tokens: int, context: int, head_dim: int = 128) -> dict[str, Any]:
     """Arguments of an 8B Llama's layer (32 heads, 8 KV heads) in bf16, on the meta device."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +42,12 @@ def gather(table: torch.Tensor, index: torch.Tensor, out: torch.Tensor, *, arch:
     meta = {**config.meta, "N": columns}
     grid = (rows, cdiv(columns, config.meta["BLOCK"]))
     return [Launch(gather_kernel, grid, args, Config(meta, config.num_warps, config.num_stages), ("out",))]
+
+
+def library(launches: list[Launch]) -> Callable[[], Any]:
+    """PyTorch's embedding on a launch's tensors."""
+    args = launches[0].args
+    return lambda: torch.nn.functional.embedding(args["index"], args["table"])
 
 
 def card_shapes(arch: str) -> list[CardShape]:

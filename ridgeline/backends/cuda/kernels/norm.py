@@ -6,6 +6,7 @@ reduced in one fixed order, whatever rows lie beside it. Short rows (a head's q/
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -145,6 +146,19 @@ def norm(
     }
     writes = ["out"] + (["total"] if total is not None else []) + (["scales"] if quantize else [])
     return [Launch(norm_kernel, (cdiv(rows, per_program),), args, Config(meta, warps, 1), tuple(writes))]
+
+
+def library(launches: list[Launch]) -> Callable[[], Any] | None:
+    """PyTorch's add and RMSNorm on a launch's tensors; None where it has no such operation."""
+    args, meta = launches[0].args, launches[0].config.meta
+    if meta["QUANTIZE"] or not meta["HAS_DELTA"]:
+        return None
+
+    def task() -> None:
+        total = args["x"] + args["delta"]
+        torch.nn.functional.rms_norm(total, (meta["N"],), args["weight"], args["eps"])
+
+    return task
 
 
 def card_shapes(arch: str) -> list[CardShape]:

@@ -81,11 +81,19 @@ def compile_launch(launch: Launch, arch: str) -> Binary:
     config = launch.config
     try:
         kernel = launch.kernel.warmup(
-            **launch.args, **config.meta, grid=launch.grid, num_warps=config.num_warps, num_stages=config.num_stages
+            **launch.args,
+            **config.meta,
+            grid=launch.grid,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=config.fuse,
         )
     except Exception as error:  # Triton's compiler raises whatever its passes raise
         name = launch.kernel.fn.__name__
-        raise RidgelineError(f"{name} does not compile for {arch} with {dict(config.meta)}: {error}") from error
+        first: BaseException = error
+        while first.__cause__ is not None:  # an error is wrapped once for every function it passes
+            first = first.__cause__
+        raise RidgelineError(f"{name} does not compile for {arch} with {dict(config.meta)}: {first}") from error
     registers, local = _resources(kernel.asm["cubin"])
     meta = kernel.metadata
     with _no_warnings():

@@ -134,6 +134,17 @@ def _precise(function: Callable[[Array], Array]) -> Callable[..., TensorHandle]:
     return unary
 
 
+def _anything(shape: tuple[int, ...], dtype: Any) -> TensorHandle:
+    """What dead lanes may hold: a large number in one, NaN in the next, as a maximum passes over NaN."""
+    stored = interpreter._get_np_dtype(dtype)
+    if stored == np.bool_:
+        return TensorHandle(np.ones(shape, bool), dtype)
+    data = np.full(int(np.prod(shape)) * stored.itemsize, 0x7B, np.uint8).view(stored)
+    if dtype in _STORED or np.issubdtype(stored, np.floating):
+        data[1::2] = np.full(stored.itemsize, 0x7F if stored.itemsize < 8 else 0xFF, np.uint8).view(stored)
+    return TensorHandle(data.reshape(shape), dtype)
+
+
 class ExactBuilder(InterpreterBuilder):  # type: ignore[misc]
     """The builder that the interpreter's operations go through, with ``guard`` watching memory."""
 
@@ -214,25 +225,28 @@ class ExactBuilder(InterpreterBuilder):  # type: ignore[misc]
         return TensorHandle(encode(dot(left, right, decode(d.data, dtype)), dtype), dtype)
 
     def create_masked_load(
-        self, ptrs: TensorHandle, mask: TensorHandle, other: TensorHandle | None, cache: Any, evict: Any, volatile: Any
+        self,
+        ptrs: TensorHandle,
+        mask: TensorHandle,
+        other: TensorHandle | None,
+        cache_modifier: Any,
+        eviction_policy: Any,
+        is_volatile: Any,
     ) -> TensorHandle:
         """A load whose live lanes are checked; the others, given no value, hold what a register may hold: anything."""
         self.guard.load(self._region(ptrs), self._live(ptrs, mask), self._item(ptrs))
         if other is None:
-            dtype = ptrs.get_element_ty()
-            stored = interpreter._get_np_dtype(dtype)
-            # A large number: a NaN would be passed over by a maximum.
-            anything = np.frombuffer(b"\x7b" * stored.itemsize, stored) if stored != np.bool_ else np.ones(1, bool)
-            other = TensorHandle(np.full(ptrs.data.shape, anything[0], dtype=stored), dtype)
-        result: TensorHandle = super().create_masked_load(ptrs, mask, other, cache, evict, volatile)
+            other = _anything(ptrs.data.shape, ptrs.get_element_ty())
+        how = (cache_modifier, eviction_policy, is_volatile)
+        result: TensorHandle = super().create_masked_load(ptrs, mask, other, *how)
         return result
 
     def create_masked_store(
-        self, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, cache: Any, evict: Any
+        self, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, cache_modifier: Any, eviction_policy: Any
     ) -> Any:
         """A store whose live lanes are checked."""
         self.guard.store(self._region(ptrs), self._live(ptrs, mask), self._item(ptrs))
-        return super().create_masked_store(ptrs, value, mask, cache, evict)
+        return super().create_masked_store(ptrs, value, mask, cache_modifier, eviction_policy)
 
     def create_atomic_rmw(
         self, op: Any, ptr: TensorHandle, val: TensorHandle, mask: TensorHandle, sem: Any, scope: Any
@@ -348,7 +362,7 @@ def _descriptor_pointers(original: Any) -> Any:
     def materialize(self: Any, *args: Any) -> Any:
         pointers, masks = original(self, *args)
         pointers.attr["origin"] = self.base.attr.get("origin")
-        return pointers, masks
+        return pointers, TensorHandle(masks, tl.int1)  # a bare array in the stock interpreter
 
     return materialize
 

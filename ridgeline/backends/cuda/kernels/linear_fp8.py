@@ -1,0 +1,298 @@
+"""y = x @ w.T of FP8 (e4m3), with scales per tensor, per row, or per block of 128.
+
+- "tensor": one fp32 scale each for x and w. "row": one for each row of x and each row of w. The sum over K is scaled
+  once, ``sum * x_scale * w_scale``.
+- "block": w has a scale for each 128 x 128 block, x for each row's 128 values; each 128 of K are scaled as they are
+  added, ``sum += p * (x_scale * w_scale)``.
+
+sm_90 multiplies FP8 on its tensor cores (QGMMA), whose accumulator keeps fewer than 24 bits of addends; so every mode
+sums 128 values of K there and adds them up in fp32 registers (the remedy of DeepSeek-V3's report, 2024, section
+3.3.2). sm_80 has no FP8 arithmetic: a code's bits, shifted, are the fp16 number of 2^-8 times its value, subnormals
+included, so operands become fp16 in registers, products are exact, and the factor 2^16 is given back at the end. The
+codes for NaN (0x7F, 0xFF) would read as 480 there: a loader refuses weights that hold them.
+
+Roofline: as ``linear_int8``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+
+from ridgeline.backends.cuda import gemm
+from ridgeline.backends.cuda.gemm import (
+    MANY,
+    Epilogue,
+    Product,
+    Scratch,
+    Tile,
+    addresses,
+    arrive,
+    epilogue,
+    put_part,
+    sum_parts,
+    tile_origin,
+)
+from ridgeline.backends.cuda.ladder.climb import CardShape
+from ridgeline.backends.cuda.launch import Launch, cdiv
+
+KIND = "fp8"
+"""Whose peak rate bounds it."""
+
+Scaling = Literal["tensor", "row", "block"]
+
+BLOCK = 128
+"""Rows of w and values of K that share a block's scale, and the step along K of every tile."""
+
+CONFIGS: dict[str, tuple[Tile, ...]] = {
+    "sm_80": (
+        Tile(16, 16, 64, BLOCK, num_warps=4, num_stages=5, per_sm=3),
+        Tile(64, 64, 64, BLOCK, num_warps=4, num_stages=4, per_sm=2),
+        Tile(MANY, 128, 64, BLOCK, num_warps=8, num_stages=4, per_sm=1),
+    ),
+    "sm_90": (
+        Tile(16, 16, 64, BLOCK, num_warps=4, num_stages=6, per_sm=3, swap=True),
+        Tile(64, 64, 64, BLOCK, num_warps=4, num_stages=5, per_sm=2),
+        Tile(MANY, 128, 128, BLOCK, num_warps=8, num_stages=5, per_sm=1),
+    ),
+}
+"""Configurations by architecture, by rows."""
+
+
+@triton.jit
+def _operand(codes, DECODE: tl.constexpr):
+    """What the tensor core takes: e4m3 as it is, or as fp16 of 2^-8 times its value, from its bits."""
+    if DECODE:
+        bits = codes.to(tl.uint16)
+        return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    else:
+        return codes
+
+
+@triton.jit
+def _sum(
+    x,
+    w,
+    x_scale,
+    w_scale,
+    row,
+    column,
+    first,
+    last,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DECODE: tl.constexpr,
+    BLOCKED: tl.constexpr,
+):
+    """fp32 [BLOCK_M, BLOCK_N]: the sum over the steps first .. last - 1 of K, in order, from zero."""
+    if SWAP:
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if not TMA:
+        x_at = addresses(x, row, M, stride_x, BLOCK_M, BLOCK_K)
+        w_at = addresses(w, column, N, stride_w, BLOCK_N, BLOCK_K)
+    if BLOCKED:
+        groups = tl.cdiv(K, BLOCK_K)
+        x_scale_at = x_scale + ((row + tl.arange(0, BLOCK_M)) % M).to(tl.int64) * groups
+        w_scale_at = w_scale + (column // 128) * groups  # a tile lies within one block: BLOCK_N divides 128
+    for step in range(first, last):
+        k = step * BLOCK_K
+        if TMA:
+            a, b = x.load([row, k]), w.load([column, k])
+        elif EVEN_K:
+            a, b = tl.load(x_at + k), tl.load(w_at + k)
+        else:
+            inside = (k + tl.arange(0, BLOCK_K) < K)[None, :]
+            a, b = tl.load(x_at + k, mask=inside, other=0.0), tl.load(w_at + k, mask=inside, other=0.0)
+        a, b = _operand(a, DECODE), _operand(b, DECODE)
+        if SWAP:
+            product = tl.dot(b, a.T)
+        else:
+            product = tl.dot(a, b.T)
+        if BLOCKED:
+            scale = tl.load(x_scale_at + step) * tl.load(w_scale_at + step)
+            if SWAP:
+                acc += product * scale[None, :]
+            else:
+                acc += product * scale[:, None]
+        else:
+            acc += product
+    if SWAP:
+        acc = tl.trans(acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_fp8_kernel(
+    x,
+    w,
+    out,
+    x_scale,
+    w_scale,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    stride_out,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PARALLEL: tl.constexpr,
+    SWAP: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DECODE: tl.constexpr,
+    SCALING: tl.constexpr,
+    SILU_MUL: tl.constexpr,
+    workspace=None,
+    counters=None,
+    bias=None,
+    residual=None,
+    stride_residual=0,
+):
+    """out = epilogue(x @ w.T, scaled), persistent: each program takes every num_programs-th job.
+
+    x [M, K] and w [N, K]: descriptors (TMA) or pointers, e4m3, or its bytes (DECODE).
+    x_scale, w_scale: [1] and [1] fp32, [M] and [N], or [M, K / 128] and [N / 128, K / 128], sizes rounded up.
+    workspace: [SPLIT, M, N] fp32; counters: one int32 for each tile, zero.
+    """
+    BLOCKED: tl.constexpr = SCALING == "block"
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    steps = tl.cdiv(K, BLOCK_K)
+    length = tl.cdiv(steps, SPLIT)
+    jobs = tiles * SPLIT if PARALLEL else tiles
+    for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
+        tile = job // SPLIT if PARALLEL else job
+        part = job % SPLIT if PARALLEL else 0
+        row, column = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
+        first = part * length
+        last = min(first + length, steps)
+        y = _sum(
+            x, w, x_scale, w_scale, row, column, first, last, M, N, K, stride_x, stride_w,
+            BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, EVEN_K, DECODE, BLOCKED,
+        )  # fmt: skip
+        done = True
+        if PARALLEL:
+            put_part(y, workspace, part, row, column, M, N, BLOCK_M, BLOCK_N)
+            done = arrive(counters, tile, SPLIT)
+        else:
+            for later in range(1, SPLIT):
+                last = min((later + 1) * length, steps)
+                y += _sum(
+                    x, w, x_scale, w_scale, row, column, later * length, last, M, N, K, stride_x, stride_w,
+                    BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, EVEN_K, DECODE, BLOCKED,
+                )  # fmt: skip
+        if done:
+            if PARALLEL:
+                y = sum_parts(workspace, row, column, M, N, BLOCK_M, BLOCK_N, SPLIT)
+            if DECODE:
+                y *= 65536.0  # a power of two: exact
+            if SCALING == "tensor":
+                y = y * tl.load(x_scale) * tl.load(w_scale)
+            elif SCALING == "row":
+                rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+                y = y * tl.load(x_scale + rows, mask=rows < M, other=0.0)[:, None]
+                y = y * tl.load(w_scale + columns, mask=columns < N, other=0.0)[None, :]
+            epilogue(
+                y, out, bias, residual, row, column, M, N, stride_out, stride_residual, BLOCK_M, BLOCK_N, SILU_MUL
+            )  # fmt: skip
+
+
+def split_of(n: int, k: int) -> int:
+    """Parts along K of a product with an [n, k] weight."""
+    return gemm.split_k(n, k, BLOCK, least=512)
+
+
+def linear_fp8_scratch(m: int, n: int, k: int) -> Scratch:
+    """Scratch that ``linear_fp8`` needs for [m, k] by [n, k]."""
+    return gemm.scratch(m, n, split_of(n, k))
+
+
+def scale_shapes(m: int, n: int, k: int, scaling: Scaling) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the scales of x and of w."""
+    if scaling == "tensor":
+        return (1,), (1,)
+    if scaling == "row":
+        return (m,), (n,)
+    return (m, cdiv(k, BLOCK)), (cdiv(n, BLOCK), cdiv(k, BLOCK))
+
+
+def linear_fp8(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    out: torch.Tensor,
+    arch: str,
+    *,
+    scaling: Scaling = "tensor",
+    after: Epilogue | None = None,
+    workspace: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
+    batch_invariant: bool = True,
+) -> list[Launch]:
+    """out = epilogue(x @ w.T, scaled).
+
+    Args:
+        x: [M, K] float8_e4m3fn; w: [N, K] float8_e4m3fn; the last dimension of each is contiguous.
+        x_scale, w_scale: fp32, of ``scale_shapes``; those of w in the merged row order, for silu_mul.
+        out: [M, N], or [M, N / 2] after silu_mul; bf16, fp16 or fp32, rows contiguous.
+        after: what follows the scaled sum.
+        workspace, counters: as ``linear_fp8_scratch`` says.
+        batch_invariant: False lets many rows go without the split over K.
+    """
+    (m, k), n = x.shape, w.shape[0]
+    after = after or Epilogue()
+    gemm.check(x, w, out, after)
+    x_shape, w_shape = scale_shapes(m, n, k, scaling)
+    gemm.check_scales(x_scale, x_shape, w_scale, w_shape)
+    decode = arch == "sm_80"
+    if decode:
+        x, w = x.view(torch.uint8), w.view(torch.uint8)
+    regular = gemm.regular(x, w, k, arch)
+    tile, tma = gemm.pick(CONFIGS[arch], m, regular), regular and arch == "sm_90"
+    split = split_of(n, k) if batch_invariant or m <= gemm.MOST_SPLIT_ROWS else 1
+    args = gemm.operands(x, w, tile, tma)
+    args |= {"x_scale": x_scale, "w_scale": w_scale, **after.args()}
+    meta = {"TMA": tma, "EVEN_K": k % BLOCK == 0, "SILU_MUL": after.silu_mul, "DECODE": decode, "SCALING": scaling}
+    return [Product(linear_fp8_kernel, arch, m, n, k, tile, split).launch(args, out, workspace, counters, **meta)]
+
+
+def card_shapes(arch: str) -> list[CardShape]:
+    """The projections of an 8B Llama layer with scales per block, the most demanding."""
+    return gemm.llama_shapes(_card_launches, arch, weight_bytes=1.0 + 4 / BLOCK**2, input_bytes=1.0 + 4 / BLOCK)
+
+
+def _card_launches(m: int, n: int, k: int, after: Epilogue, out: torch.Tensor, arch: str) -> list[Launch]:
+    x, w = (torch.empty(rows, k, dtype=torch.float8_e4m3fn, device="meta") for rows in (m, n))
+    x_scale, w_scale = (torch.empty(shape, device="meta") for shape in scale_shapes(m, n, k, "block"))
+    workspace, counters = linear_fp8_scratch(m, n, k).tensors("meta")
+    return linear_fp8(
+        x,
+        w,
+        x_scale,
+        w_scale,
+        out,
+        arch,
+        scaling="block",
+        after=after,
+        workspace=workspace,
+        counters=counters,
+    )

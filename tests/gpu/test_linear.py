@@ -1,0 +1,83 @@
+"""Matrix products: the same bits on either side of every change of configuration, and what launchers refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ridgeline.backends.cuda.gemm import MOST_SPLIT_ROWS, Epilogue, split_k
+from ridgeline.backends.cuda.kernels.linear import linear, linear_scratch
+from ridgeline.backends.cuda.kernels.linear_int4 import linear_int4, pack, packed_shapes
+from ridgeline.backends.cuda.ladder.interpret import run
+from ridgeline.backends.cuda.launch import ARCHS, cdiv
+from tests.gpu.linear_cases import LinearCase, build
+
+KINDS = (
+    ("linear", "bf16"),
+    ("linear", "f16"),
+    ("linear_int8", "int8"),
+    ("linear_fp8", "row"),
+    ("linear_fp8", "block"),
+    ("linear_int4", "128-zero"),
+)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("op", "kind"), KINDS)
+def test_parts_side_by_side_or_one_after_another(op: str, kind: str, arch: str) -> None:
+    """Many rows add the parts of K in one program, one row in several: the bits are the same."""
+    case = LinearCase(op, MOST_SPLIT_ROWS + 1, 32, 1040, kind)
+    whole = build(case, arch)
+    meta = whole.launches[0].config.meta
+    assert meta["SPLIT"] > 1 and not meta["PARALLEL"]
+    run(whole.launches)
+    for row in (0, MOST_SPLIT_ROWS):
+        alone = build(case, arch, only=row)
+        assert alone.launches[0].config.meta["PARALLEL"]
+        run(alone.launches, seed=row)
+        assert torch.equal(alone.expected[0].tensor[0], whole.expected[0].tensor[row])
+
+
+@pytest.mark.parametrize("k", [1, 64, 511, 512, 4096, 4160, 14336])
+@pytest.mark.parametrize("n", [1, 64, 4096, 6144, 28672])
+def test_no_part_is_empty(n: int, k: int) -> None:
+    """A part without steps would store nothing, and the sum of the parts would read what is not there."""
+    for block in (64, 128):
+        steps, parts = cdiv(k, block), split_k(n, k, block)
+        assert (parts - 1) * cdiv(steps, parts) < steps
+
+
+def test_launchers_refuse_what_is_no_product() -> None:
+    def bf16(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    x, w, out = bf16(2, 64), bf16(48, 64), bf16(2, 48)
+    with pytest.raises(ValueError, match="multiple of 32"):
+        linear(x, w, bf16(2, 24), "sm_90", after=Epilogue(silu_mul=True))
+    with pytest.raises(ValueError, match="the output is"):
+        linear(x, w, bf16(3, 48), "sm_90")
+    with pytest.raises(ValueError, match="rows must be contiguous"):
+        linear(x, bf16(64, 48).T, out, "sm_90")
+    with pytest.raises(ValueError, match="the residual is"):
+        linear(x, w, out, "sm_90", after=Epilogue(residual=bf16(2, 24)))
+    with pytest.raises(ValueError, match="needs scratch"):
+        linear(bf16(2, 4096), bf16(48, 4096), out, "sm_90")
+    assert linear_scratch(2, 48, 4096).partials > 0 == linear_scratch(MOST_SPLIT_ROWS + 1, 48, 4096).partials
+    codes, scales = (torch.empty(s, device="meta") for s in packed_shapes(48, 64, 32))
+    with pytest.raises(ValueError, match="groups of 16"):
+        linear_int4(x, codes, scales, out, "sm_90", group=16)
+    with pytest.raises(ValueError, match="without offsets"):
+        linear_int4(x, codes, scales, out, "sm_90", group=32, offset="zero")
+
+
+@pytest.mark.parametrize(("group", "half"), [(32, 32), (64, 64), (128, 64)])
+def test_four_bit_codes_lie_as_documented(group: int, half: int) -> None:
+    codes = torch.randint(0, 16, (3, 160), dtype=torch.uint8)
+    scales = torch.rand(3, cdiv(160, group)).half()
+    packed, turned = pack(codes, scales, group)
+    assert (tuple(packed.shape), tuple(turned.shape)) == packed_shapes(3, 160, group)
+    for k in range(160):
+        step, within = divmod(k, 2 * half)
+        byte = packed[:, step * half + within % half]
+        assert torch.equal(byte >> 4 if within >= half else byte & 15, codes[:, k])
+    assert torch.equal(turned[: scales.shape[1]].T, scales)
