@@ -56,6 +56,7 @@ SHAPES: dict[str, dict[int, Shape]] = {
     "sm_90": {
         64: Shape(64, (128, 1, 8, 3), (64, 1, 4, 3)),
         128: Shape(64, (128, 1, 8, 3), (64, 1, 4, 3)),
+        192: Shape(64, (128, 2, 8, 3), (64, 1, 8, 2)),  # a third stage spills beside a soft-cap
         256: Shape(64, (128, 2, 8, 3), (64, 1, 8, 3)),
     },
 }
