@@ -20,11 +20,17 @@ Archs = Annotated[str, typer.Option("--arch", help="architectures, by commas")]
 
 def make_app() -> typer.Typer:
     """The sub-commands."""
-    app = typer.Typer(help="GPU kernels: check them with or without a GPU.", no_args_is_help=True)
+    app = typer.Typer(help="GPU kernels: check them with or without a GPU.")
     app.command("check")(check)
     app.command("cards")(cards)
     app.command("bench")(bench)
+    app.callback(invoke_without_command=True)(_no_command)
     return app
+
+
+def _no_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        raise ConfigError("no kernels command given: check, cards or bench (ridgeline kernels --help tells more)")
 
 
 def _require() -> None:
@@ -86,12 +92,14 @@ def cards(
     ops = table.names()
     if op is not None and op not in ops:
         raise ConfigError(f"no kernel file is called {op}: {', '.join(ops)}")
+    if not PAGE.exists():
+        raise ConfigError(f"no {PAGE} here to compare with: run this in a checkout of the repository")
     rows = table.make([op] if op else ops, archs_of(arch))
     print(table.render(rows))
-    page = PAGE.read_text() if PAGE.exists() else ""
+    page = PAGE.read_text()
     if write:
         kept = [row for row in table.read(page) if row.key not in {r.key for r in rows}]
-        head = page.split("\n| kernel |")[0].rstrip() if page else "# GPU cards"
+        head = page.split("\n| kernel |")[0].rstrip()
         merged = sorted([*kept, *rows], key=lambda row: (ops.index(row.kernel), row.arch))
         PAGE.write_text(f"{head}\n\n{table.render(merged)}")
         return
