@@ -27,8 +27,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ridgeline.backends.cuda.ladder.climb import CardShape
-from ridgeline.backends.cuda.launch import Config, Launch, cdiv
+from ridgeline.backends.cuda.launch import CardShape, Config, Launch, cdiv
 
 SMS = {"sm_80": 108, "sm_90": 132}
 """Streaming multiprocessors of an A100 and of an H100 SXM (NVIDIA's architecture white papers)."""

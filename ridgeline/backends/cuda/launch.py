@@ -47,6 +47,25 @@ class Launch:
     updates: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class CardShape:
+    """One shape of a kernel that its card reports.
+
+    Attributes:
+        name: "M=1", "M=64", ...
+        launches: over tensors on torch's meta device: nothing is allocated.
+        operations: multiplies and adds that the operator needs.
+        bytes_moved: bytes that must be read and written at least once.
+        traffic: bytes that the loads and stores of all programs ask for, re-reads included; None: ``bytes_moved``.
+    """
+
+    name: str
+    launches: list[Launch]
+    operations: float
+    bytes_moved: float
+    traffic: float | None = None
+
+
 def cdiv(a: int, b: int) -> int:
     """The least integer not under a / b."""
     return -(-a // b)

@@ -28,8 +28,7 @@ from ridgeline.backends.cuda.kernels.attention_prefill import (
     tiles,
     weights_of,
 )
-from ridgeline.backends.cuda.ladder.climb import CardShape
-from ridgeline.backends.cuda.launch import Config, Launch, cdiv
+from ridgeline.backends.cuda.launch import CardShape, Config, Launch, cdiv
 
 PROGRAMS = {"sm_80": 16 * 108, "sm_90": 16 * 132}
 """How many programs a launch is split into at least, if its requests have so many chunks."""

@@ -26,8 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ridgeline.backends.cuda.ladder.climb import CardShape
-from ridgeline.backends.cuda.launch import Config, Launch
+from ridgeline.backends.cuda.launch import CardShape, Config, Launch
 
 CHUNK = 256
 """Keys of a partial; a multiple of every page size."""

@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ridgeline.backends.cuda.ladder.climb import CardShape
-from ridgeline.backends.cuda.launch import Config, Launch, cdiv
+from ridgeline.backends.cuda.launch import CardShape, Config, Launch, cdiv
 
 CONFIGS: dict[str, Config] = {
     "sm_80": Config({"BLOCK": 1024}, num_warps=4, num_stages=1),

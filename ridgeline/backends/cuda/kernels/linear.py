@@ -25,8 +25,7 @@ from ridgeline.backends.cuda.gemm import (
     sum_parts,
     tile_origin,
 )
-from ridgeline.backends.cuda.ladder.climb import CardShape
-from ridgeline.backends.cuda.launch import Launch
+from ridgeline.backends.cuda.launch import CardShape, Launch
 
 BLOCK_K = 64
 """Values of K in a step, for every tile: 128 bytes, the widest swizzle of shared memory."""

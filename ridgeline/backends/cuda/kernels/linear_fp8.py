@@ -36,8 +36,7 @@ from ridgeline.backends.cuda.gemm import (
     sum_parts,
     tile_origin,
 )
-from ridgeline.backends.cuda.ladder.climb import CardShape
-from ridgeline.backends.cuda.launch import Launch, cdiv
+from ridgeline.backends.cuda.launch import CardShape, Launch, cdiv
 
 KIND = "fp8"
 """Whose peak rate bounds it."""

@@ -27,8 +27,7 @@ from ridgeline.backends.cuda.gemm import (
     sum_parts,
     tile_origin,
 )
-from ridgeline.backends.cuda.ladder.climb import CardShape
-from ridgeline.backends.cuda.launch import Launch
+from ridgeline.backends.cuda.launch import CardShape, Launch
 
 KIND = "int8"
 """Whose peak rate bounds it."""

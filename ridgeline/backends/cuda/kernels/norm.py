@@ -13,8 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ridgeline.backends.cuda.ladder.climb import CardShape
-from ridgeline.backends.cuda.launch import Config, Launch, cdiv, next_power_of_2
+from ridgeline.backends.cuda.launch import CardShape, Config, Launch, cdiv, next_power_of_2
 
 MOST_COLUMNS = 16384
 """A row must fit the registers of a program."""

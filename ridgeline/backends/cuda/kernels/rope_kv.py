@@ -12,8 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ridgeline.backends.cuda.ladder.climb import CardShape
-from ridgeline.backends.cuda.launch import Config, Launch, cdiv, next_power_of_2
+from ridgeline.backends.cuda.launch import CardShape, Config, Launch, cdiv, next_power_of_2
 
 CONFIGS: dict[str, Config] = {
     "sm_80": Config({"HEADS": 8}, num_warps=2, num_stages=1),

@@ -14,8 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ridgeline.backends.cuda.ladder.climb import CardShape
-from ridgeline.backends.cuda.launch import Config, Launch
+from ridgeline.backends.cuda.launch import CardShape, Config, Launch
 
 CONFIGS: dict[str, Config] = {
     "sm_80": Config({"BLOCK": 2048, "DIGIT_BLOCK": 512}, num_warps=8, num_stages=1, fuse=False),

@@ -1,3 +1,4 @@
+# FIX
 """Rung 2, second half: a kernel's card, what its machine code says about how it will run.
 
 The predictions are a model, not a measurement: a launch takes at least as long as its bytes at the memory's rate and
@@ -11,9 +12,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from ridgeline.backends.cuda.ladder.climb import CardShape
 from ridgeline.backends.cuda.ladder.compile import Binary
 from ridgeline.backends.cuda.ladder.sass import Code, base, parse
+from ridgeline.backends.cuda.launch import CardShape
 from ridgeline.core.hardware import DATASHEET
 
 

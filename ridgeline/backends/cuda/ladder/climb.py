@@ -1,4 +1,4 @@
-"""What climbs the ladder: launches over real tensors with the answer, and launches over shapes for a card."""
+"""What climbs the ladder: launches over real tensors, with the answer."""
 
 from __future__ import annotations
 
@@ -37,20 +37,3 @@ class Climb:
 
     launches: list[Launch]
     expected: tuple[Expected, ...]
-
-
-@dataclass(frozen=True)
-class CardShape:
-    """One shape of a kernel that its card reports.
-
-    Attributes:
-        name: "M=1", "M=64", ...
-        launches: over tensors on torch's meta device: nothing is allocated.
-        operations: multiplies and adds that the operator needs.
-        bytes_moved: bytes that must be read and written at least once.
-    """
-
-    name: str
-    launches: list[Launch]
-    operations: float
-    bytes_moved: float

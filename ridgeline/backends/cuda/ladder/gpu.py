@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from ridgeline.backends.cuda.ladder.card import DEVICES
-from ridgeline.backends.cuda.ladder.climb import CardShape
 from ridgeline.backends.cuda.ladder.table import KERNELS
-from ridgeline.backends.cuda.launch import ARCHS, Launch
+from ridgeline.backends.cuda.launch import ARCHS, CardShape, Launch
 from ridgeline.core.errors import ConfigError
 from ridgeline.core.hardware import DATASHEET
 
