@@ -49,7 +49,9 @@ def _prepare(root: Path) -> None:
 
 
 def check(
-    op: Annotated[str | None, typer.Argument(help="an operator or the beginning of a case's name; all if none")] = None,
+    op: Annotated[
+        str | None, typer.Argument(help="an operator, path/to/file.py:kernel, or the beginning of a case's name")
+    ] = None,
     arch: Archs = ARCHS,
     rung: Annotated[str, typer.Option("--rung", help="rungs, by commas")] = RUNGS,
     root: Annotated[Path, typer.Option("--root", help="the checkout with the cases")] = Path("."),
