@@ -156,7 +156,7 @@ class Lowering:
 
     def _heads(self, value: Value, head_dim: int) -> torch.Tensor:
         rows = self.view(value)
-        return rows.unflatten(1, (rows.shape[1] // head_dim, head_dim))
+        return rows.view(rows.shape[0], rows.shape[1] // head_dim, head_dim)
 
     def _matrix(self, value: Value) -> Matrix:
         matrix = self.weights[value.name]

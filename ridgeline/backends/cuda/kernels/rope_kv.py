@@ -90,10 +90,10 @@ def rope_kv_kernel(
         tl.store(to + HALF, (b * cosine + a * sine).to(q_out.dtype.element_ty), mask=live)
     else:
         h = tl.arange(0, KV_BLOCK)[:, None]
-        one_live = h < KV_HEADS
-        live = one_live & inside
         slot = tl.load(token_slots + t).to(tl.int64)
-        block = tl.load(block_tables + slot * table_stride + position // PAGE).to(tl.int64)
+        one_live = (h < KV_HEADS) & (slot >= 0)  # a padding token writes nothing
+        live = one_live & inside
+        block = tl.load(block_tables + slot * table_stride + position // PAGE, mask=slot >= 0, other=0).to(tl.int64)
         inner = position % PAGE
         at = block * block_stride + h * head_stride + inner * token_stride + c
         scale_at = block * scale_block_stride + h * scale_head_stride + inner
@@ -128,7 +128,7 @@ def rope_kv(
     Args:
         qkv: [T, (heads + 2 * kv_heads) * head_dim] bf16, fp16 or fp32.
         cos, sin: fp32 [positions, head_dim / 2].
-        positions, token_slots: int32 [T].
+        positions, token_slots: int32 [T]; a token of slot -1 is rotated and not written.
         block_tables: int32 [slots, blocks of a request].
         q_out: [T, heads, head_dim].
         k_cache, v_cache: [blocks, kv_heads, page, head_dim], of equal strides.

@@ -97,7 +97,8 @@ def settle_kernel(tokens, targets, sample_rows, row_starts, query_starts, slots,
     b = tl.program_id(0)
     first, end = tl.load(row_starts + b), tl.load(row_starts + b + 1)
     beyond = tl.load(query_starts + b + 1)
-    last = tl.load(last_tokens + tl.load(slots + b))
+    mine = last_tokens + tl.load(slots + b)
+    last = tl.load(mine, mask=first < end, other=-1)  # padding has no rows, and no slot of its own
     stands = 1
     for r in range(first, end):
         token = tl.load(tokens + r)
@@ -108,7 +109,7 @@ def settle_kernel(tokens, targets, sample_rows, row_starts, query_starts, slots,
         last = tl.where(sampled & (stands != 0) & (token >= 0), token, last)
         agrees = (after >= beyond) | (follows == token)
         stands = tl.where(sampled & ~agrees, 0, stands)
-    tl.store(last_tokens + tl.load(slots + b), last)
+    tl.store(mine, last, mask=first < end)
 
 
 def settle(
