@@ -5,14 +5,14 @@ The executor's own code is the same over both, so that what is tested without a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ridgeline.backends.cuda.launch import Launch
+from ridgeline.backends.cuda.launch import Key, Launch
 from ridgeline.core.errors import ConfigError
 
 Bytes = npt.NDArray[np.uint8]
@@ -110,6 +110,10 @@ class Device(Protocol):
         """Bytes of the device's memory that are free now."""
         ...
 
+    def ready(self, variants: Set[Key]) -> None:
+        """From here on no other kernel variant than these is launched: none would be compiled yet."""
+        ...
+
 
 def launch_now(launches: Sequence[Launch]) -> None:
     """Launches kernels on torch's current stream, by Triton."""
@@ -187,12 +191,17 @@ class CudaStream:
 
 
 class CudaDevice:
-    """This machine's GPU. Raises ConfigError where there is none, or one that kernels are not written for."""
+    """This machine's GPU. Raises ConfigError where there is none, or one that kernels are not written for.
+
+    Attributes:
+        late_compiles: kernels compiled after ``ready``: each held up a step, and none should be.
+    """
 
     def __init__(self) -> None:
         from ridgeline.backends.cuda.ladder.gpu import device_arch
 
         self.arch = device_arch()
+        self.late_compiles = 0
 
     def memory(self, nbytes: int, zeros: bool = False) -> torch.Tensor:
         """See ``Device``."""
@@ -216,6 +225,15 @@ class CudaDevice:
     def stream(self) -> CudaStream:
         """See ``Device``."""
         return CudaStream()
+
+    def ready(self, variants: Set[Key]) -> None:
+        """See ``Device``: what is compiled all the same counts in ``late_compiles``."""
+        import triton
+
+        def count(*args: Any, **more: Any) -> None:
+            self.late_compiles += 1
+
+        triton.knobs.compilation.listener = count
 
     def total_memory(self) -> int:
         """See ``Device``."""

@@ -14,7 +14,7 @@ New memory holds garbage: NaN as floats, -1 as integers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +24,8 @@ import torch
 
 from ridgeline.backends.cuda.device import Bytes
 from ridgeline.backends.cuda.ladder import interpret
-from ridgeline.backends.cuda.launch import Launch
+from ridgeline.backends.cuda.launch import Key, Launch
+from ridgeline.backends.cuda.variants import key
 
 Span = tuple[int, int]
 """First address and the one past the last."""
@@ -118,6 +119,7 @@ class EmulatedStream:
     def launch(self, launches: Sequence[Launch]) -> None:
         """See ``device.Stream``."""
         for launch in launches:
+            self.device.check_compiled(launch)
             self._queue(launch.kernel.fn.__name__, partial(_interpret, launch), *touched(launch))
 
     def copy_in(self, to: torch.Tensor, source: EmulatedHostBuffer, offset: int = 0) -> None:
@@ -135,7 +137,8 @@ class EmulatedStream:
     def copy_out(self, to: EmulatedHostBuffer, source: torch.Tensor, offset: int = 0) -> None:
         """See ``device.Stream``."""
         part = to.array[offset : offset + source.nbytes]
-        part[:] = 0xA5  # what a reader that does not wait would get
+        if not self.device.reads_later(host_span(part)):
+            part[:] = 0xA5  # what a reader that does not wait would get
 
         def run() -> None:
             torch.from_numpy(part).copy_(source.view(torch.uint8).view(-1))
@@ -197,6 +200,7 @@ class EmulatedDevice:
         self._host_buffers: list[EmulatedHostBuffer] = []
         self._kept: dict[int, torch.Tensor] = {}
         self._retired: list[torch.Tensor] = []
+        self._known: Set[Key] | None = None
 
     def memory(self, nbytes: int, zeros: bool = False) -> torch.Tensor:
         """See ``device.Device``."""
@@ -227,6 +231,15 @@ class EmulatedDevice:
         """See ``device.Device``."""
         return self._memory_bytes - sum(self.live.values())
 
+    def ready(self, variants: Set[Key]) -> None:
+        """See ``device.Device``: another variant is an error from here on."""
+        self._known = variants
+
+    def check_compiled(self, launch: Launch) -> None:
+        """Raises DeviceFault for a kernel variant that is not among those known when the device got ready."""
+        if self._known is not None and key(launch) not in self._known:
+            raise DeviceFault(f"{launch.kernel.fn.__name__} would be compiled after ready: {key(launch)}")
+
     def allocation(self, span: Span) -> int:
         """The address of the live allocation that holds a span; raises DeviceFault if none does."""
         for start, size in self.live.items():
@@ -248,6 +261,10 @@ class EmulatedDevice:
         self._history.append(work)
         if len(self._history) > 512:  # what the host has waited for is ordered before anything queued from now on
             self._history = [w for w in self._history if not w.before(self.host_clock)]
+
+    def reads_later(self, span: Span) -> bool:
+        """Whether work that has not run yet reads these bytes."""
+        return any(clash((span,), work.reads) for stream in self._streams for work in stream.queue)
 
     def check_host(self, span: Span, writing: bool) -> None:
         """Raises DeviceFault if the host may not touch these bytes of its own now."""

@@ -17,14 +17,14 @@ import numpy.typing as npt
 import torch
 
 from ridgeline.backends.cuda import weights as packed
+from ridgeline.backends.cuda.beside import every_launch_beside, sample_and_settle, update_cache
 from ridgeline.backends.cuda.device import Device, Event, Graph, HostBuffer
 from ridgeline.backends.cuda.kernels import step as kernels
-from ridgeline.backends.cuda.kernels.sample import sample
 from ridgeline.backends.cuda.launch import Launch
 from ridgeline.backends.cuda.lowering import Lowering, Sizes
 from ridgeline.backends.cuda.memory import DeviceMemory, Limits
 from ridgeline.backends.cuda.step import Adjustments, Layout, adjustments, encode, held_rows, needs_filters, sizes_of
-from ridgeline.backends.cuda.variants import buckets
+from ridgeline.backends.cuda.variants import buckets, key
 from ridgeline.backends.reference.slots import SlotLog
 from ridgeline.core.errors import RidgelineError
 from ridgeline.core.types import POOL, Batch, Float32, StepOutput, Ticket, TokenMasks
@@ -137,6 +137,9 @@ class CudaExecutor:
         self._open: dict[int, Step] = {}
         self._count = 0
         self._last: Step | None = None
+        beside = every_launch_beside(plan, self._buckets[-1].layout, self.memory.caches, device.arch)
+        graphs = [launch for bucket in self._buckets for launch in bucket.launches]
+        device.ready({key(launch) for launch in graphs + beside})
 
     def _capture(self, sizes: Sizes) -> Bucket:
         layout, memory = Layout(sizes), self.memory
@@ -155,8 +158,7 @@ class CudaExecutor:
 
     def _place(self) -> Place:
         size = max(bucket.layout.nbytes for bucket in self._buckets) + (1 << 12)
-        rows = max(bucket.layout.sizes.rows for bucket in self._buckets)
-        return Place(self.device.host(size), self.device.memory(size), self.device.host(12 * rows))
+        return Place(self.device.host(size), self.device.memory(size), self.device.host(self.memory.results.nbytes))
 
     def bucket_of(self, sizes: Sizes) -> Bucket:
         """The smallest bucket that a step of these sizes fits."""
@@ -241,12 +243,7 @@ class CudaExecutor:
         """What changes before the operators run."""
         found: list[Launch] = []
         for group, cache in enumerate(self.memory.caches):
-            if f"updates{group}" in extras:
-                found += kernels.put_cells(extras[f"updates{group}"], cache.tables)
-            if f"copies{group}" in extras:
-                for tensor in (cache.k, cache.v, cache.k_scales, cache.v_scales):
-                    if tensor is not None:
-                        found += kernels.copy_blocks(extras[f"copies{group}"], tensor)
+            found += update_cache(cache, extras.get(f"updates{group}"), extras.get(f"copies{group}"))
         return found
 
     def _sample(self, step: Step) -> None:
@@ -254,9 +251,10 @@ class CudaExecutor:
         logits, sampling = step.bucket.logits, step.batch.sampling
         if sampling["masked"].any():
             name = f"logits{self._ring.index(step.place)}"
-            kept = self.memory.grown(name, logits.nbytes, self._compute)[: logits.nbytes]
-            step.logits = kept.view(logits.dtype).view(logits.shape)
-            self._compute.copy(step.logits, logits)
+            whole = whole_rows(logits)
+            kept = self.memory.grown(name, whole.nbytes, self._compute)[: whole.nbytes].view(whole.dtype)
+            self._compute.copy(kept.view(whole.shape), whole)
+            step.logits = kept.view(whole.shape)[:, : logits.shape[1]]
         self._queue_sampling(step, "settles", logits, None)
         if (sampling["target"] == POOL).any():
             if step.bucket.hidden is None:
@@ -272,32 +270,17 @@ class CudaExecutor:
 
     def _queue_sampling(self, step: Step, settles: str, logits: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Samples every row of ``logits``; settles the requests that the field ``settles`` names."""
-        memory, rows, fields = self.memory, step.bucket.layout.sizes.rows, step.fields
-        tokens, accepted, logprobs = (memory.results[i, :rows] for i in range(3))
-        names = ("sample_indices", "top_ks", "targets", "temperatures", "top_ps", "floors", "seeds")
-        params = {name: fields[name] for name in names} | {"positions": fields["next_positions"]}
-        adjusted: dict[str, Any] = {}
+        memory, adjusted = self.memory, None
         if "penalties" in step.extras:
             penalties = step.extras["penalties"]
-            counts, bias = memory.adjusted(len(penalties), self._compute)
-            self._compute.launch(kernels.adjust(step.extras["cells"], counts, bias))
-            adjusted = {"counts": counts, "penalties": penalties, "bias": bias}
-        launches = sample(
-            logits,
-            params,
-            tokens,
-            logprobs.view(torch.float32),
-            slots=fields["adjusted"],
-            mask=mask,
-            filters=needs_filters(step.batch),
-            arch=self.device.arch,
-            **adjusted,
+            adjusted = (*memory.adjusted(len(penalties), self._compute), penalties)
+            self._compute.launch(kernels.adjust(step.extras["cells"], *adjusted[:2]))
+        results = memory.results[:, : step.bucket.layout.sizes.rows]
+        filters, arch = needs_filters(step.batch), self.device.arch
+        sampled = sample_and_settle(
+            step.fields, settles, logits, results, memory.last_tokens, adjusted, mask, filters, arch
         )
-        starts = (fields["row_starts"], fields["query_starts"], fields["slots"])
-        launches += kernels.settle(
-            tokens, fields[settles], fields["sample_rows"], *starts, fields["fed"], accepted, memory.last_tokens
-        )
-        self._compute.launch(launches)
+        self._compute.launch(sampled)
 
     def _wait(self, step: Step) -> npt.NDArray[np.int32]:
         """A step's results: int32 [3, rows]."""

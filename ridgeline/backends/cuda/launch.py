@@ -23,6 +23,10 @@ TORCH: dict[str, torch.dtype] = {
 """The graph's names of dtypes."""
 
 
+Key = tuple[Any, ...]
+"""What a compiled kernel is looked up by (``variants.key``)."""
+
+
 @dataclass(frozen=True)
 class Config:
     """One way to compile a kernel.

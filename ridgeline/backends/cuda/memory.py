@@ -107,7 +107,7 @@ class DeviceMemory:
             ints(limits.tokens),
             upload.place(torch.arange(limits.tokens, dtype=torch.int32)),
             ints(limits.num_slots, zeros=True),
-            ints(3 * limits.rows, zeros=True).view(3, limits.rows),
+            ints(3 * padded_rows(limits.rows), zeros=True).view(3, -1),
             batch_invariant,
         )
         stream.record().synchronize()
@@ -148,6 +148,11 @@ class DeviceMemory:
             counts[:size].view(torch.int32).view(places, vocab),
             bias[:size].view(torch.float32).view(places, vocab),
         )
+
+
+def padded_rows(rows: int) -> int:
+    """Columns of a result, so that each of its rows begins at a multiple of 16 bytes."""
+    return -(-rows // 4) * 4
 
 
 @dataclass

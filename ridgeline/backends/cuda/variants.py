@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ridgeline.backends.cuda import weights as packed
-from ridgeline.backends.cuda.launch import TORCH, Launch
+from ridgeline.backends.cuda.launch import TORCH, Key, Launch
 from ridgeline.backends.cuda.lowering import (
     FEW_TOKENS,
     Cache,
@@ -27,8 +27,6 @@ from ridgeline.backends.cuda.lowering import (
 )
 from ridgeline.graph.ir import bound
 from ridgeline.graph.plan import Plan
-
-Key = tuple[Any, ...]
 
 
 def buckets(max_tokens: int, max_requests: int, max_rows: int) -> list[Sizes]:
@@ -82,7 +80,8 @@ def key(launch: Launch) -> Key:
 def _known(value: Any, unseen: bool) -> Any:
     """What of an argument reaches the compiler."""
     if isinstance(value, torch.Tensor):
-        return str(value.dtype), value.data_ptr() % 16 == 0
+        address = value.data_ptr() or value.storage_offset() * value.element_size()  # of shapes, the offset is all
+        return str(value.dtype), address % 16 == 0
     if isinstance(value, bool):
         return "i1"
     if isinstance(value, int):
