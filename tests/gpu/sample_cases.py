@@ -173,14 +173,14 @@ class _State:
     def adjust(self, x: np.ndarray, row: int) -> np.ndarray:
         """Logits of a row in float32, one rounding an operation, as both samplers make them."""
         slot = self.slots[row]
+        if self.kind in ("bias", "all"):
+            x = x + self.bias[slot]
         if self.kind in ("penalties", "all"):
             repetition, presence, frequency = self.penalties[slot]
             seen = (self.counts[slot] > 0) | self.in_prompt[slot]
-            x = np.where(seen, np.where(x > 0, x / repetition, x * repetition), x)
-            x = x - np.where(self.counts[slot] > 0, presence, np.float32(0))
-            x = x - frequency * self.counts[slot].astype(np.float32)
-        if self.kind in ("bias", "all"):
-            x = x + self.bias[slot]
+            y = np.where(x > 0, x / repetition, x * repetition)
+            y = y - frequency * self.counts[slot].astype(np.float32)
+            x = np.where(seen, y - np.where(self.counts[slot] > 0, presence, np.float32(0)), x)
         return x.astype(np.float32)
 
 
