@@ -95,7 +95,9 @@ def test_samples_are_the_references() -> None:
     graph, plan, weights = model("bf16", "bf16")
     made = executor(seed=5)
     driver, shadow = Driver(made, 40, 16), Driver(reference(plan, weights), 40, 16)
-    sampling = rows(2, seed=[12345678901234567890, 3], temperature=[0.8, 1.5], top_k=[0, 9], top_p=[0.9, 1.0])
+    sampling = rows(
+        2, num_logprobs=[3, 0], seed=[12345678901234567890, 3], temperature=[0.8, 1.5], top_k=[0, 9], top_p=[0.9, 1.0]
+    )
     penalties = {"repetition_penalty": 1.7, "presence_penalty": 0.5, "frequency_penalty": 0.3}
     bias: Any = {"bias_ids": np.array([8, 30], np.int32), "bias": np.array([4.0, 2.0], np.float32)}
     starts: tuple[SlotStart, ...] = (SlotStart(1, 2, **penalties, **bias, bad_words=((2, 9), (8,))),)
@@ -106,6 +108,9 @@ def test_samples_are_the_references() -> None:
         output = made.finish(made.launch(batch))
         right = shadow.executor.finish(shadow.executor.launch(twin))
         assert np.array_equal(output.token_ids, right.token_ids)
+        assert np.array_equal(output.top_ids, right.top_ids)
+        assert np.allclose(output.top_logprobs, right.top_logprobs, atol=0.1, equal_nan=True)
+        assert np.allclose(output.logprobs, right.logprobs, atol=0.1)
 
 
 def test_masked_rows_wait_for_their_mask() -> None:

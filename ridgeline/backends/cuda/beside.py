@@ -12,6 +12,7 @@ import torch
 
 from ridgeline.backends.cuda.kernels import step as kernels
 from ridgeline.backends.cuda.kernels.sample import sample
+from ridgeline.backends.cuda.kernels.top_logprobs import MOST, top_logprobs
 from ridgeline.backends.cuda.launch import Launch, cdiv
 from ridgeline.backends.cuda.lowering import Cache
 from ridgeline.backends.cuda.memory import padded_rows
@@ -89,6 +90,7 @@ def every_launch_beside(plan: Plan, layout: Layout, caches: Sequence[Cache], arc
     logits, fields = padded[:, :vocab], layout.tensors(torch.empty(layout.nbytes, dtype=torch.uint8, device="meta"))
     counts, bias, penalties = ints(2, vocab), ints(2, vocab).view(torch.float32), ints(2, 3).view(torch.float32)
     found += kernels.adjust(ints(1, 4), counts, bias)
+    found += top_logprobs(logits, fields["wanted"], ints(rows, MOST), ints(rows, MOST).view(torch.float32))
     masks = (None, ints(rows, cdiv(vocab, 32)))
     results, last = ints(3, padded_rows(rows)), ints(rows)
     for adjusted, mask, filters in product((None, (counts, bias, penalties)), masks, (False, True)):

@@ -122,7 +122,7 @@ class EmulatedStream:
             self.device.check_compiled(launch)
             self._queue(launch.kernel.fn.__name__, partial(_interpret, launch), *touched(launch))
 
-    def copy_in(self, to: torch.Tensor, source: EmulatedHostBuffer, offset: int = 0) -> None:
+    def copy_in(self, to: torch.Tensor, source: Any, offset: int = 0) -> None:
         """See ``device.Stream``."""
         part = source.array[offset : offset + to.nbytes]
         before = part.copy()
@@ -134,7 +134,7 @@ class EmulatedStream:
 
         self._queue("copy to the device", run, (host_span(part),), (span_of(to),))
 
-    def copy_out(self, to: EmulatedHostBuffer, source: torch.Tensor, offset: int = 0) -> None:
+    def copy_out(self, to: Any, source: torch.Tensor, offset: int = 0) -> None:
         """See ``device.Stream``."""
         part = to.array[offset : offset + source.nbytes]
         if not self.device.reads_later(host_span(part)):
@@ -153,7 +153,7 @@ class EmulatedStream:
         """See ``device.Stream``."""
         return EmulatedEvent(self.device, {**self.clock, self.index: self.count})
 
-    def wait(self, event: EmulatedEvent) -> None:
+    def wait(self, event: Any) -> None:
         """See ``device.Stream``."""
         merge(self.clock, event.clock)
 
@@ -162,7 +162,7 @@ class EmulatedStream:
         spans = [span for launch in launches for part in touched(launch) for span in part]
         return EmulatedGraph(tuple(launches), frozenset(self.device.allocation(span) for span in spans))
 
-    def replay(self, graph: EmulatedGraph) -> None:
+    def replay(self, graph: Any) -> None:
         """Raises DeviceFault if memory that the graph uses has been given back since it was captured."""
         gone = graph.allocations - self.device.live.keys()
         if gone:

@@ -20,6 +20,7 @@ from ridgeline.backends.cuda import weights as packed
 from ridgeline.backends.cuda.beside import every_launch_beside, sample_and_settle, update_cache
 from ridgeline.backends.cuda.device import Device, Event, Graph, HostBuffer
 from ridgeline.backends.cuda.kernels import step as kernels
+from ridgeline.backends.cuda.kernels.top_logprobs import top_logprobs
 from ridgeline.backends.cuda.launch import Launch
 from ridgeline.backends.cuda.lowering import Lowering, Sizes
 from ridgeline.backends.cuda.memory import DeviceMemory, Limits
@@ -60,13 +61,14 @@ class Place:
 
     Attributes:
         inputs, staged: the block, and what varies in length after it, on the host and on the device.
-        results: tokens, which stand and log probabilities: int32 [3, rows].
+        results, best: as in ``DeviceMemory``, on the host.
         done: all of the step; None before the first.
     """
 
     inputs: HostBuffer
     staged: torch.Tensor
     results: HostBuffer
+    best: HostBuffer
     done: Event | None = None
 
 
@@ -158,7 +160,18 @@ class CudaExecutor:
 
     def _place(self) -> Place:
         size = max(bucket.layout.nbytes for bucket in self._buckets) + (1 << 12)
-        return Place(self.device.host(size), self.device.memory(size), self.device.host(self.memory.results.nbytes))
+        results, best = (self.device.host(t.nbytes) for t in (self.memory.results, self.memory.best))
+        return Place(self.device.host(size), self.device.memory(size), results, best)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the weights on the device."""
+        return sum(weight.nbytes() for weight in self.memory.weights.values())
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of what operators use one after another."""
+        return self.memory.workspace.partials.nbytes + self.memory.workspace.counters.nbytes
 
     def bucket_of(self, sizes: Sizes) -> Bucket:
         """The smallest bucket that a step of these sizes fits."""
@@ -256,6 +269,10 @@ class CudaExecutor:
             self._compute.copy(kept.view(whole.shape), whole)
             step.logits = kept.view(whole.shape)[:, : logits.shape[1]]
         self._queue_sampling(step, "settles", logits, None)
+        if (sampling["num_logprobs"] > 0).any():
+            ids, logprobs = self.memory.best[:, : len(logits)]
+            self._compute.launch(top_logprobs(logits, step.fields["wanted"], ids, logprobs.view(torch.float32)))
+            self._compute.copy_out(step.place.best, self.memory.best)
         if (sampling["target"] == POOL).any():
             if step.bucket.hidden is None:
                 raise RidgelineError("this plan has no final norm whose rows could be pooled")
@@ -333,9 +350,20 @@ class CudaExecutor:
         tokens[sampling["target"] == POOL] = -1
         logprobs = np.where(sampling["num_logprobs"] < 0, np.float32("nan"), results[2].view(np.float32))
         logprobs[tokens < 0] = np.nan
-        empty = np.empty((len(tokens), 0))
         hidden = self._hidden(step, sampling["target"] == POOL)
-        return StepOutput(tokens, accepted, logprobs, empty.astype(np.int32), empty.astype(np.float32), hidden)
+        return StepOutput(tokens, accepted, logprobs, *self._best(step, tokens), hidden)
+
+    def _best(self, step: Step, tokens: Any) -> tuple[Any, Any]:
+        """The most likely tokens of each row and their log probabilities, as wide as the row that asked for most."""
+        wanted = np.minimum(step.batch.sampling["num_logprobs"], step.bucket.logits.shape[1])
+        wanted = np.where((step.batch.sampling["target"] == POOL) | (tokens < 0), 0, np.maximum(wanted, 0))
+        width = int(wanted.max(initial=0))
+        ids, logprobs = np.full((len(wanted), width), -1, np.int32), np.full((len(wanted), width), np.nan, np.float32)
+        if width:
+            words = step.place.best.read().view(np.int32).reshape(self.memory.best.shape)[:, : len(wanted), :width]
+            listed = np.arange(width) < wanted[:, None]
+            ids[listed], logprobs[listed] = words[0][listed], words[1].view(np.float32)[listed]
+        return ids, logprobs
 
     def _hidden(self, step: Step, pooled: Any) -> Float32:
         if step.hidden is None or step.bucket.hidden is None:

@@ -11,6 +11,7 @@ import torch
 
 from ridgeline.backends.cuda import weights as packed
 from ridgeline.backends.cuda.device import Device, Stream
+from ridgeline.backends.cuda.kernels.top_logprobs import MOST
 from ridgeline.backends.cuda.launch import TORCH
 from ridgeline.backends.cuda.lowering import Cache, Lowering, Sizes, StepTensors, Workspace, workspace_sizes
 from ridgeline.backends.cuda.step import Layout
@@ -57,6 +58,7 @@ class DeviceMemory:
         token_ids: int32 [T], -1 resolved; identity: 0, 1, 2, ....
         last_tokens: int32 [slots]: what each sampled last.
         results: int32 [3, rows]: tokens, which stand, log probabilities.
+        best: int32 [2, rows, MOST]: the most likely tokens, and the bits of their log probabilities.
     """
 
     plan: Plan
@@ -72,6 +74,7 @@ class DeviceMemory:
     identity: torch.Tensor
     last_tokens: torch.Tensor
     results: torch.Tensor
+    best: torch.Tensor
     batch_invariant: bool = True
     _grown: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -108,6 +111,7 @@ class DeviceMemory:
             upload.place(torch.arange(limits.tokens, dtype=torch.int32)),
             ints(limits.num_slots, zeros=True),
             ints(3 * padded_rows(limits.rows), zeros=True).view(3, -1),
+            ints(2 * limits.rows * MOST).view(2, limits.rows, MOST),
             batch_invariant,
         )
         stream.record().synchronize()

@@ -20,7 +20,7 @@ PER_TOKEN = ("fed", "positions", "token_slots")
 PER_REQUEST = ("slots", "context_lens", "query_starts", "row_starts")
 """The last two have one more."""
 PER_ROW = (
-    *("sample_rows", "next_positions", "sample_indices", "top_ks", "targets", "adjusted"),
+    *("sample_rows", "next_positions", "sample_indices", "top_ks", "targets", "adjusted", "wanted"),
     *("settles", "settles_masked"),  # as targets, in the pass without masks and in that under them
 )
 PER_ROW_FLOAT = ("temperatures", "top_ps", "floors")
@@ -106,6 +106,7 @@ def encode(batch: Batch, layout: Layout, block: npt.NDArray[np.uint8], adjusted:
     _padded(f["settles"], np.where(held, 1, rows["target"]), 1)
     _padded(f["settles_masked"], np.where(held, rows["target"], 1), 1)
     _padded(f["adjusted"], adjusted, 0)
+    _padded(f["wanted"], np.where(rows["target"] == POOL, 0, rows["num_logprobs"]), 0)
     _padded(f["temperatures"], rows["temperature"], 0.0)
     _padded(f["top_ps"], rows["top_p"], 1.0)
     with np.errstate(divide="ignore"):

@@ -45,6 +45,10 @@ class Vector:
 
     values: torch.Tensor
 
+    def nbytes(self) -> int:
+        """Of device memory."""
+        return self.values.nbytes
+
 
 class Matrix(ABC):
     """A matrix [N, K] in some storage, and the kernels that read it."""
