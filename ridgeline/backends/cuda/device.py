@@ -200,6 +200,10 @@ class CudaDevice:
     def __init__(self) -> None:
         from ridgeline.backends.cuda.ladder.gpu import device_arch
 
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "no GPU here: leave out backend 'cuda', or give device 'emulated' to have its kernels interpreted, slowly"
+            )
         self.arch = device_arch()
         self.late_compiles = 0
 
