@@ -16,6 +16,7 @@ from ridgeline.core.types import Executor
 from ridgeline.engine.engine import Engine, EngineLimits
 from ridgeline.engine.identity import environment
 from ridgeline.engine.ledger import Ledger, make_ledger
+from ridgeline.engine.planning import hidden_dtype
 from ridgeline.engine.recorder import FlightRecorder
 from ridgeline.engine.text import Detokenizer
 from ridgeline.graph.ir import Graph
@@ -199,9 +200,13 @@ def _make_cuda_executor(
     device = open_device(config.device or "gpu")
     from ridgeline.backends.cuda.executor import CudaExecutor
 
-    # Files of fp16 weights are computed in fp16, all others in bf16, which holds the range of any of them.
-    halves = {w.tensor.format.name for w in model.weights.values() if len(w.tensor.shape) == 2}
-    plan = compile(graph, cuda_target(kv_dtype, "f16" if halves == {"f16"} else "bf16"))
+    matrices = {w.tensor.format.name for w in model.weights.values() if len(w.tensor.shape) == 2}
+    plan = compile(graph, cuda_target(kv_dtype, hidden_dtype(matrices)))
+    if config.device != "emulated":
+        from ridgeline.backends.cuda.compiled import compile_for
+
+        context = sizes["max_blocks_per_slot"] * config.block_size
+        compile_for(plan, device.arch, context, sizes["num_slots"], config.batch_invariant)
     return plan, CudaExecutor(plan, model.weights, device, batch_invariant=config.batch_invariant, **sizes)
 
 

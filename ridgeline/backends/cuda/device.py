@@ -202,7 +202,7 @@ class CudaDevice:
 
         if not torch.cuda.is_available():
             raise ConfigError(
-                "no GPU here: leave out backend 'cuda', or give device 'emulated' to have its kernels interpreted, slowly"
+                "no GPU here: leave out backend 'cuda', or give device 'emulated' to have its kernels interpreted"
             )
         self.arch = device_arch()
         self.late_compiles = 0

@@ -8,13 +8,13 @@ buckets of sizes (``buckets``), so the keys of all buckets are all there is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from ridgeline.backends.cuda import weights as packed
+from ridgeline.backends.cuda.kernels.step import resolve
 from ridgeline.backends.cuda.launch import TORCH, Key, Launch
 from ridgeline.backends.cuda.lowering import (
     FEW_TOKENS,
@@ -138,16 +138,25 @@ def over_shapes(plan: Plan, arch: str, most: Sizes, context: int, invariant: boo
     )
 
 
-def reachable(plan: Plan, arch: str, context: int, max_requests: int) -> Iterator[tuple[Key, Launch]]:
-    """Every variant that the plan's operators can ask for, each once, with a launch over shapes that asks for it."""
+def reachable(plan: Plan, arch: str, context: int, max_requests: int, invariant: bool = True) -> list[Launch]:
+    """Every variant that an executor of the plan can ask for, each once, as a launch over shapes that asks for it.
+
+    Args:
+        context: tokens of the longest sequence.
+        max_requests: that run at once.
+    """
+    from ridgeline.backends.cuda.beside import every_launch_beside
+    from ridgeline.backends.cuda.step import Layout
+
     tokens, rows = bound(plan.inputs["token_ids"].shape[0]), bound(plan.outputs["logits"].shape[0])
-    sizes = buckets(tokens, min(max_requests, tokens), rows)
     most = Sizes(tokens, min(max_requests, tokens), rows, True)
-    lowering = over_shapes(plan, arch, most, context)
-    seen: set[Key] = set()
-    for bucket in sizes:
-        for launch in lowering.launches(bucket):
-            found = key(launch)
-            if found not in seen:
-                seen.add(found)
-                yield found, launch
+    lowering = over_shapes(plan, arch, most, context, invariant)
+    found: dict[Key, Launch] = {}
+    step = lowering.step
+    launches = resolve(step.token_ids, step.token_slots, step.slots, step.identity)
+    for bucket in buckets(most.tokens, most.requests, most.rows):
+        launches += lowering.launches(bucket)
+    launches += every_launch_beside(plan, Layout(most), lowering.caches, arch)
+    for launch in launches:
+        found.setdefault(key(launch), launch)
+    return list(found.values())
