@@ -89,23 +89,24 @@ def rope_kv_kernel(
         tl.store(to, (a * cosine - b * sine).to(q_out.dtype.element_ty), mask=live)
         tl.store(to + HALF, (b * cosine + a * sine).to(q_out.dtype.element_ty), mask=live)
     else:
-        h = tl.arange(0, KV_BLOCK)[:, None]
+        h_kv = tl.arange(0, KV_BLOCK)[:, None]
         slot = tl.load(token_slots + t).to(tl.int64)
-        one_live = (h < KV_HEADS) & (slot >= 0)  # a padding token writes nothing
-        live = one_live & inside
+        one_live = (h_kv < KV_HEADS) & (slot >= 0)  # a padding token writes nothing
+        live_kv = one_live & inside
         block = tl.load(block_tables + slot * table_stride + position // PAGE, mask=slot >= 0, other=0).to(tl.int64)
         inner = position % PAGE
-        at = block * block_stride + h * head_stride + inner * token_stride + c
-        scale_at = block * scale_block_stride + h * scale_head_stride + inner
-        k = row + Q_HEADS * (2 * HALF) + h * (2 * HALF) + c
-        a = tl.load(k, mask=live).to(tl.float32)
-        b = tl.load(k + HALF, mask=live).to(tl.float32)
-        low, high = a * cosine - b * sine, b * cosine + a * sine
-        write_head(k_cache, k_scales, at, scale_at, low, high, HALF, live, one_live, k_tensor_scale, KIND)
+        at = block * block_stride + h_kv * head_stride + inner * token_stride + c
+        scale_at = block * scale_block_stride + h_kv * scale_head_stride + inner
+        # Other names than above: a name has one shape in both branches.
+        k = row + Q_HEADS * (2 * HALF) + h_kv * (2 * HALF) + c
+        k_low = tl.load(k, mask=live_kv).to(tl.float32)
+        k_high = tl.load(k + HALF, mask=live_kv).to(tl.float32)
+        low, high = k_low * cosine - k_high * sine, k_high * cosine + k_low * sine
+        write_head(k_cache, k_scales, at, scale_at, low, high, HALF, live_kv, one_live, k_tensor_scale, KIND)
         v = k + KV_HEADS * (2 * HALF)
-        low = tl.load(v, mask=live).to(tl.float32)
-        high = tl.load(v + HALF, mask=live).to(tl.float32)
-        write_head(v_cache, v_scales, at, scale_at, low, high, HALF, live, one_live, v_tensor_scale, KIND)
+        v_low = tl.load(v, mask=live_kv).to(tl.float32)
+        v_high = tl.load(v + HALF, mask=live_kv).to(tl.float32)
+        write_head(v_cache, v_scales, at, scale_at, v_low, v_high, HALF, live_kv, one_live, v_tensor_scale, KIND)
 
 
 def rope_kv(
