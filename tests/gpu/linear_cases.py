@@ -5,15 +5,17 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from ridgeline.backends.cuda.gemm import Epilogue, Scratch
+from ridgeline.backends.cuda.kernels.gather import gather_quantized
 from ridgeline.backends.cuda.kernels.linear import linear, linear_scratch
 from ridgeline.backends.cuda.kernels.linear_fp8 import BLOCK, linear_fp8, linear_fp8_scratch, scale_shapes
-from ridgeline.backends.cuda.kernels.linear_int4 import linear_int4, linear_int4_scratch, pack
 from ridgeline.backends.cuda.kernels.linear_int8 import linear_int8, linear_int8_scratch
+from ridgeline.backends.cuda.kernels.linear_quantized import linear_quantized, linear_quantized_scratch, pack
 from ridgeline.backends.cuda.ladder.climb import Climb, Expected
 from ridgeline.backends.reference.numerics import rounded
 from ridgeline.backends.reference.ops import run_op
@@ -64,15 +66,20 @@ def _fits(case: RowCase) -> bool:
 EVERYTHING = ("bias", "silu_mul", "residual")
 
 
+def _whole_steps(op: str, kinds: tuple[str, ...]) -> list[LinearCase]:
+    """Whole steps of K, in parts and not, by every tile: what a model's products are."""
+    sizes = ((2, 1024), (40, 1024), (40, 128), (80, 1024), (80, 128))
+    gated = ((), ("silu_mul",))
+    return [LinearCase(op, m, 64, k, kind, "bf16", after) for kind in kinds for m, k in sizes for after in gated]
+
+
 def _floats() -> list[LinearCase]:
     cases = [LinearCase("linear", rows, 96, 1100, "bf16", "bf16") for rows in EDGES]
     cases += [LinearCase("linear", rows, 96, 520, "f16", "f16", EVERYTHING) for rows in (1, 17, 65)]
     for after in (("bias",), ("residual",), ("bias", "residual"), ("silu_mul", "residual"), EVERYTHING):
         cases += [LinearCase("linear", rows, 160, 64, "bf16", out, after) for rows, out in ((2, "f32"), (70, "bf16"))]
     cases += [LinearCase("linear", 5, 33, k, "bf16", "bf16") for k in (1, 7, 8, 33, 63, 64, 65)]
-    # Whole steps of K, in parts and not, by every tile: what a model's products are.
-    for rows, k in ((2, 512), (40, 512), (40, 128), (80, 512), (80, 128)):
-        cases += [LinearCase("linear", rows, 64, k, "bf16", "bf16", after) for after in ((), ("silu_mul",))]
+    cases += _whole_steps("linear", ("bf16",))
     # Fewer programs than tiles, or than parts of tiles: each takes several.
     cases += [LinearCase("linear", rows, 200, 520, "bf16", "bf16", (), 3) for rows in (2, 40, 130)]
     return cases
@@ -90,12 +97,17 @@ def _narrow(op: str, kinds: tuple[str, ...]) -> list[LinearCase]:
     return cases
 
 
+KINDS_OF_CODES = ("4-32-middle", "4-32-minimum", "4-64-zero", "4-128-zero", "8-32-middle", "8-64-minimum", "8-128-zero")
+"""Bits, group, offset."""
+
 CASES: list[RowCase | LinearCase] = [
     *(c for c in ROW_CASES if _fits(c)),
     *_floats(),
     *_narrow("linear_int8", ("int8",)),
     *_narrow("linear_fp8", ("tensor", "row", "block")),
-    *_narrow("linear_int4", ("32-eight", "32-minimum", "64-zero", "128-zero")),
+    *_narrow("linear_quantized", KINDS_OF_CODES),
+    *_whole_steps("linear_quantized", ("4-32-middle", "4-32-minimum", "8-32-middle")),
+    *(LinearCase("gather", 5, 40, k, kind, "bf16") for kind in KINDS_OF_CODES for k in (96, 1100)),
 ]
 
 
@@ -250,41 +262,60 @@ def _fp8_numbers(
     return y
 
 
-def _int4(case: LinearCase, arch: str, rng: np.random.Generator, only: int | None) -> Climb:
-    group, offset = int(case.kind.split("-")[0]), case.kind.split("-")[1]
-    dtype = "f16" if offset == "eight" else "bf16"
-    groups = -(-case.k // group)
-    codes = rng.integers(0, 16, (case.n, case.k)).astype(np.uint8)
-    scales = _scales(rng, (case.n, groups)).astype(np.float16)
-    offsets = rng.integers(0, 16, (case.n, groups)) if offset == "zero" else -8 * _scales(rng, (case.n, groups))
+@dataclass(frozen=True)
+class _Codes:
+    """A quantized weight: packed, and as the numbers it stands for."""
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor | None
+    numbers: np.ndarray
+    how: dict[str, Any]
+
+    @classmethod
+    def of(cls, case: LinearCase, rng: np.random.Generator) -> _Codes:
+        bits, group, offset = (t(v) for t, v in zip((int, int, str), case.kind.split("-"), strict=True))
+        groups, middle = -(-case.k // group), 1 << (bits - 1)
+        codes = rng.integers(0, 1 << bits, (case.n, case.k)).astype(np.uint8)
+        scales = _scales(rng, (case.n, groups)).astype(np.float16)
+        zeros = rng.integers(0, 1 << bits, (case.n, groups))
+        offsets = (zeros if offset == "zero" else -middle * _scales(rng, (case.n, groups))).astype(np.float16)
+        s, o = (np.repeat(t.astype(np.float64), group, axis=1)[:, : case.k] for t in (scales, offsets))
+        c = codes.astype(np.float64)
+        numbers = c * s + o if offset == "minimum" else (c - (middle if offset == "middle" else o)) * s
+        packed, packed_scales = pack(torch.from_numpy(codes), torch.from_numpy(scales), group, bits)
+        added = None if offset == "middle" else pack(torch.from_numpy(codes), torch.from_numpy(offsets), group, bits)[1]
+        return cls(packed, packed_scales, added, numbers, {"group": group, "bits": bits, "offset": offset})
+
+
+def _quantized(case: LinearCase, arch: str, rng: np.random.Generator, only: int | None) -> Climb:
+    w = _Codes.of(case, rng)
+    dtype = "f16" if w.offsets is None else "bf16"
     x = tensor(_pick(numbers(rng, (case.rows, case.k)), only), dtype)
-    packed, packed_scales = pack(torch.from_numpy(codes), torch.from_numpy(scales), group)
-    packed_offsets = pack(torch.from_numpy(codes), torch.from_numpy(offsets.astype(np.float16)), group)[1]
     after = _After(case, rng, only)
-    scratch = _scratch(linear_int4_scratch(len(x), case.n, case.k, group))
-    launches = linear_int4(
-        x,
-        packed,
-        packed_scales,
-        after.out,
-        arch,
-        group=group,
-        offset=offset,
-        offsets=None if offset == "eight" else packed_offsets,
-        after=after.epilogue,
-        **scratch,
+    scratch = _scratch(linear_quantized_scratch(len(x), case.n, case.k, w.how["group"], w.how["bits"]))
+    launches = linear_quantized(
+        x, w.packed, w.scales, after.out, arch, offsets=w.offsets, after=after.epilogue, **scratch, **w.how
     )
-    s, o = (np.repeat(t.astype(np.float64), group, axis=1)[:, : case.k] for t in (scales, offsets.astype(np.float16)))
-    c = codes.astype(np.float64)
-    w = c * s + o if offset == "minimum" else (c - (8 if offset == "eight" else o)) * s
-    truth = exact(x).astype(np.float64) @ w.T
-    plain = plain_linear(exact(x), rounded(w.astype(np.float32), dtype), None)
+    truth = exact(x).astype(np.float64) @ w.numbers.T
+    plain = plain_linear(exact(x), rounded(w.numbers.astype(np.float32), dtype), None)
     return Climb(launches, (after.expected(truth, plain),))
+
+
+def _gathered(case: LinearCase, arch: str, rng: np.random.Generator, only: int | None) -> Climb:
+    """Rows of a quantized weight by index, as an embedding takes them."""
+    w = _Codes.of(case, rng)
+    index = _pick(rng.integers(0, case.n, case.rows).astype(np.int32), only)
+    out = tensor(np.zeros((len(index), case.k), np.float32), case.out)
+    launches = gather_quantized(w.packed, w.scales, w.offsets, torch.from_numpy(index), out, arch=arch, **w.how)
+    truth = w.numbers[index]
+    return Climb(launches, (Expected(out, truth, truth.astype(np.float32)),))
 
 
 MAKERS: dict[str, Callable[..., Climb]] = {
     "linear": _linear,
     "linear_int8": _int8,
     "linear_fp8": _fp8,
-    "linear_int4": _int4,
+    "linear_quantized": _quantized,
+    "gather": _gathered,
 }

@@ -33,7 +33,16 @@ def drive(made: Any, steps: Sequence[Work], sampling: Any = None) -> list[tuple[
     return [driver.step(work, sampling) for work in steps]
 
 
-@pytest.mark.parametrize(("fmt", "kv_dtype", "hidden"), [("bf16", "bf16", "bf16"), ("f16", "f16", "f16")])
+@pytest.mark.parametrize(
+    ("fmt", "kv_dtype", "hidden"),
+    [
+        ("bf16", "bf16", "bf16"),
+        ("f16", "f16", "f16"),
+        ("q4_0", "bf16", "bf16"),
+        ("q4_1", "bf16", "bf16"),
+        ("q8_0", "bf16", "bf16"),
+    ],
+)
 def test_logits_lose_what_their_roundings_cost(fmt: str, kv_dtype: str, hidden: str) -> None:
     """Twice what numpy loses that rounds where the plan says; the truth is the naive graph in float64."""
     graph, plan, weights = model(fmt, kv_dtype, hidden)

@@ -7,7 +7,7 @@ import torch
 
 from ridgeline.backends.cuda.gemm import MOST_SPLIT_ROWS, Epilogue, split_k
 from ridgeline.backends.cuda.kernels.linear import linear, linear_scratch
-from ridgeline.backends.cuda.kernels.linear_int4 import linear_int4, pack, packed_shapes
+from ridgeline.backends.cuda.kernels.linear_quantized import linear_quantized, pack, packed_shapes
 from ridgeline.backends.cuda.ladder.interpret import run
 from ridgeline.backends.cuda.launch import ARCHS, cdiv
 from tests.gpu.linear_cases import LinearCase, build
@@ -18,7 +18,8 @@ KINDS = (
     ("linear_int8", "int8"),
     ("linear_fp8", "row"),
     ("linear_fp8", "block"),
-    ("linear_int4", "128-zero"),
+    ("linear_quantized", "4-128-zero"),
+    ("linear_quantized", "8-32-middle"),
 )
 
 
@@ -64,10 +65,19 @@ def test_launchers_refuse_what_is_no_product() -> None:
         linear(bf16(2, 4096), bf16(48, 4096), out, "sm_90")
     assert linear_scratch(2, 48, 4096).partials > 0 == linear_scratch(MOST_SPLIT_ROWS + 1, 48, 4096).partials
     codes, scales = (torch.empty(s, device="meta") for s in packed_shapes(48, 64, 32))
-    with pytest.raises(ValueError, match="groups of 16"):
-        linear_int4(x, codes, scales, out, "sm_90", group=16)
+    with pytest.raises(ValueError, match="in groups of 16"):
+        linear_quantized(x, codes, scales, out, "sm_90", group=16)
     with pytest.raises(ValueError, match="without offsets"):
-        linear_int4(x, codes, scales, out, "sm_90", group=32, offset="zero")
+        linear_quantized(x, codes, scales, out, "sm_90", group=32, offset="zero")
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_eight_bit_codes_lie_as_they_are(group: int) -> None:
+    codes, scales = torch.randint(0, 256, (3, 160), dtype=torch.uint8), torch.rand(3, cdiv(160, group)).half()
+    packed, turned = pack(codes, scales, group, 8)
+    assert (tuple(packed.shape), tuple(turned.shape)) == packed_shapes(3, 160, group, 8)
+    assert torch.equal(packed[:, :160], codes) and not packed[:, 160:].any()
+    assert torch.equal(turned[: scales.shape[1]].T, scales)
 
 
 @pytest.mark.parametrize(("group", "half"), [(32, 32), (64, 64), (128, 64)])

@@ -13,11 +13,14 @@ import torch
 
 from ridgeline.backends.cuda.gemm import Epilogue, Scratch
 from ridgeline.backends.cuda.kernels import linear as floats
-from ridgeline.backends.cuda.kernels.gather import gather
+from ridgeline.backends.cuda.kernels import linear_quantized as quantized
+from ridgeline.backends.cuda.kernels.gather import gather, gather_quantized
 from ridgeline.backends.cuda.launch import TORCH, Launch
 from ridgeline.core.errors import ModelFileError, UnsupportedError
+from ridgeline.core.formats import WeightFormat
 from ridgeline.graph.ir import Value, bound
 from ridgeline.graph.plan import Plan
+from ridgeline.weights.codecs import codes_of
 from ridgeline.weights.tensor import WeightTensor
 
 
@@ -97,6 +100,56 @@ class FloatMatrix(Matrix):
         return self.w.numel() * self.w.element_size()
 
 
+@dataclass(frozen=True)
+class QuantizedMatrix(Matrix):
+    """Codes and their scales, in the layout of ``kernels/linear_quantized.py``.
+
+    Attributes:
+        k: columns, padding left out.
+        group, bits, offset: as there.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor | None
+    k: int
+    group: int
+    bits: int
+    offset: quantized.Offset
+
+    def linear(
+        self, x: torch.Tensor, out: torch.Tensor, arch: str, after: Epilogue, scratch: dict[str, Any], invariant: bool
+    ) -> list[Launch]:
+        """See ``kernels/linear_quantized.py``."""
+        return quantized.linear_quantized(
+            x,
+            self.codes,
+            self.scales,
+            out,
+            arch,
+            group=self.group,
+            bits=self.bits,
+            offset=self.offset,
+            offsets=self.offsets,
+            after=after,
+            batch_invariant=invariant,
+            **scratch,
+        )
+
+    def gather(self, ids: torch.Tensor, out: torch.Tensor, arch: str) -> list[Launch]:
+        """See ``kernels/gather.py``."""
+        how: dict[str, Any] = {"group": self.group, "bits": self.bits, "offset": self.offset}
+        return gather_quantized(self.codes, self.scales, self.offsets, ids, out, arch=arch, **how)
+
+    def scratch(self, m: int) -> Scratch:
+        """See ``kernels/linear_quantized.py``."""
+        return quantized.linear_quantized_scratch(m, self.codes.shape[0], self.k, self.group, self.bits)
+
+    def nbytes(self) -> int:
+        """Of device memory."""
+        return self.codes.nbytes + self.scales.nbytes * (1 if self.offsets is None else 2)
+
+
 Place = Callable[[torch.Tensor], torch.Tensor]
 """Takes a tensor of the host to the device."""
 
@@ -115,8 +168,37 @@ def load(plan: Plan, weights: Mapping[str, StoredWeight], place: Place) -> dict[
         elif value.info.format.kind == "float":
             found[value.name] = FloatMatrix(place(_floats(value, parts).to(hidden)))
         else:
-            raise UnsupportedError(f"weight {value.name}: no GPU kernel for {value.info.format.name}")
+            found[value.name] = _codes(value, parts, place)
     return found
+
+
+def _offset(form: WeightFormat, name: str) -> quantized.Offset:
+    """How a format's codes become numbers; raises UnsupportedError where no kernel does it."""
+    if form.bits in quantized.BITS and form.group in quantized.GROUPS:
+        if form.has_minimum:
+            return "minimum"
+        if form.zero == 1 << (form.bits - 1):
+            return "middle"
+    raise UnsupportedError(f"weight {name}: no GPU kernel for {form.name}")
+
+
+def _codes(value: Value, parts: Sequence[StoredWeight], place: Place) -> QuantizedMatrix:
+    form, k = value.info.format, bound(value.shape[1])
+    offset = _offset(form, value.name)
+    taken = []
+    for part in parts:
+        rows, columns = part.tensor.shape
+        found = codes_of(part.tensor.format, part.tensor.data, (rows, columns))
+        order = slice(None) if part.row_order is None else part.row_order
+        arrays: list[npt.NDArray[Any]] = [found.codes[order], found.scales[order]]
+        arrays += [] if found.minimums is None else [found.minimums[order]]
+        if not all(np.isfinite(a).all() for a in arrays[1:]):
+            raise ModelFileError(f"{part.tensor.name}: the weights hold NaN or infinity; the file is damaged")
+        taken.append(arrays)
+    whole = [torch.from_numpy(merged(list(column), value.info.interleave)) for column in zip(*taken, strict=True)]
+    codes, scales = quantized.pack(whole[0], whole[1], form.group, form.bits)
+    offsets = place(quantized.pack(whole[0], whole[2], form.group, form.bits)[1]) if form.has_minimum else None
+    return QuantizedMatrix(place(codes), place(scales), offsets, k, form.group, form.bits, offset)
 
 
 def _floats(value: Value, parts: Sequence[StoredWeight]) -> torch.Tensor:
@@ -146,5 +228,11 @@ def shapes(plan: Plan) -> dict[str, Matrix | Vector]:
         elif value.info.format.kind == "float":
             found[value.name] = FloatMatrix(torch.empty(size, dtype=hidden, device="meta"))
         else:
-            raise UnsupportedError(f"weight {value.name}: no GPU kernel for {value.info.format.name}")
+            form = value.info.format
+            offset = _offset(form, value.name)
+            codes, scales = quantized.packed_shapes(size[0], size[1], form.group, form.bits)
+            halves = [torch.empty(scales, dtype=torch.float16, device="meta") for _ in range(2)]
+            offsets = halves[1] if form.has_minimum else None
+            bytes_ = torch.empty(codes, dtype=torch.uint8, device="meta")
+            found[value.name] = QuantizedMatrix(bytes_, halves[0], offsets, size[1], form.group, form.bits, offset)
     return found

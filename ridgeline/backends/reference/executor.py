@@ -80,6 +80,9 @@ class ReferenceExecutor:
         self._weights: dict[Value, Array] = {
             v: weight_array(v.info, weights, dtype) for v in self.graph.weights.values()
         }
+        if isinstance(plan, Plan) and plan.target.hidden != "f32":  # a matrix multiplies as what it multiplies
+            for value in (v for v in self._weights if len(v.shape) == 2):
+                self._weights[value] = rounded(self._weights[value], plan.target.hidden)
         self._caches = {v: self._empty_cache(v, num_blocks) for v in self.graph.inputs.values() if v.cache}
         self._tables: list[Int32] = [np.zeros((num_slots, max_blocks_per_slot), np.int32) for _ in num_blocks]
         self._last_token = np.zeros(num_slots, np.int32)
