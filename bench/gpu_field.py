@@ -1,0 +1,238 @@
+"""Ridgeline's GPU kernels beside the Triton kernels of Liger, flash-attn and vLLM, from their machine code.
+
+    python bench/gpu_field.py --install        fetch the peers' sources (once; nothing of them is built)
+    python bench/gpu_field.py                  compile and compare everything, both architectures
+    python bench/gpu_field.py --op norm --arch sm_90
+
+No GPU is needed: launches are compiled for sm_80 and sm_90, each peer's as its own launcher makes them. Nothing is
+timed; see docs/kernels.md, "Side by side with the field", for what the columns mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import gpu_peers
+from gpu_cases import Operator, Peer, operators
+from rich.console import Console
+from rich.table import Table
+
+from ridgeline.backends.cuda.ladder.card import Card, card_of, predict
+from ridgeline.backends.cuda.ladder.compile import compile_launch, in_process
+from ridgeline.backends.cuda.ladder.sass import Code, base, parse
+from ridgeline.backends.cuda.launch import ARCHS, Launch
+from ridgeline.core.errors import RidgelineError
+
+OURS = "Ridgeline"
+SAME = 0.02  # differences below two in a hundred are none
+
+
+@dataclass
+class Measured:
+    """One kernel, or a pair of them, in one shape; per output where it says so, over the whole grid."""
+
+    operator: str
+    arch: str
+    rows: int
+    who: str
+    config: str
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    occupancy: int = 0
+    tensor: str = "-"
+    copies: str = "-"
+    instructions: float = 0.0
+    shared_per_output: float = 0.0
+    share: float = 0.0
+    fault: str = ""
+
+
+def operations_of(opcode: str) -> float:
+    """Multiplies and adds of a warp's part of one tensor-core instruction; a wgmma is four warps'."""
+    shape = next((f for f in opcode.split(".")[1:] if f[0].isdigit()), "")
+    if "x" in shape:
+        m, n, k = (int(size) for size in shape.split("x"))
+        return 2.0 * m * n * k / 4
+    known = {"1688": (16, 8, 8), "16816": (16, 8, 16), "16832": (16, 8, 32), "8816": (8, 8, 16), "884": (8, 8, 4)}
+    return 2.0 * math.prod(known[shape])
+
+
+def innermost(code: Code) -> list[tuple[int, int]]:
+    """Loops that hold no other, in code order."""
+    held = [a for a in code.loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in code.loops)]
+    return sorted(held)
+
+
+def issued(code: Code, warps: int, tiles: float, operations: float, loops: tuple[float, ...]) -> float:
+    """Instructions that all warps of a launch issue.
+
+    The hottest loop runs until its tensor-core instructions have done ``operations``; a loop of a row kernel, as often
+    as ``loops`` says in code order; everything else once in each of ``tiles``, other loops and branches included.
+    """
+    total = float(len(code.opcodes))
+    hot = code.hot_loop()
+    if operations and hot and code.classes(*hot)["tensor"]:
+        inside = code.opcodes[hot[0] : hot[1] + 1]
+        done = sum(operations_of(op) for op in inside if base(op).endswith("MMA"))
+        return len(inside) * operations / done + (total - len(inside)) * warps * tiles
+    for span, times in zip(innermost(code), loops, strict=False):
+        total += (span[1] - span[0] + 1) * (times - 1)
+    return total * warps * tiles
+
+
+def describe(launch: Launch) -> str:
+    """Blocks, warps and stages."""
+    blocks = [v for k, v in launch.config.meta.items() if k.startswith(("BLOCK", "TILE")) and isinstance(v, int)]
+    return f"{'x'.join(str(b) for b in blocks[:3] if b > 0) or '-'} w{launch.config.num_warps} s{launch.config.num_stages}"
+
+
+def measure(operator: Operator, side: Peer, arch: str, rows: int, launches: list[Launch]) -> Measured:
+    """Compiles and counts; raises RidgelineError where it does not compile."""
+    outputs = operator.outputs(rows)
+    result = Measured(operator.name, arch, rows, side.name, describe(launches[0]))
+    cards: list[Card] = []
+    for place, launch in enumerate(launches):
+        binary = compile_launch(launch, arch)
+        card, code = card_of(binary), parse(binary.sass)
+        cards.append(card)
+        if place == 0 or operator.name == "rotary":
+            tile, operations = side.tile(launch, rows)
+            tiles = float(math.prod(launch.grid))
+            if operations and launch.config.meta.get("NUM_SMS") or "SPLIT" in launch.config.meta:
+                tiles = jobs(launch, rows, tile, outputs)
+            result.instructions += issued(code, card.num_warps, tiles, operations, side.loops) / outputs
+        else:
+            result.instructions += issued(code, card.num_warps, math.prod(launch.grid), 0.0, (16.0,)) / outputs
+        if place == 0:
+            result.shared_per_output = card.shared_bytes / tile
+    first = cards[0]
+    result.registers, result.spilled = max(c.registers for c in cards), max(c.local_bytes for c in cards)
+    result.shared, result.occupancy = first.shared_bytes, first.occupancy
+    result.tensor = " ".join(sorted({base(op) for op in first.tensor})) or "-"
+    result.copies = " ".join(sorted(first.copies)) or "-"
+    result.share = predict(operator.shape(rows, launches), cards, operator.kind).roofline_share
+    return result
+
+
+def jobs(launch: Launch, rows: int, tile: float, outputs: float) -> float:
+    """Tiles, times parts along K, of a persistent product, whose programs take several."""
+    meta = launch.config.meta
+    height = meta.get("BLOCK_M") or meta["BLOCK_SIZE_M"]
+    parts = meta["SPLIT"] if meta.get("PARALLEL") else 1
+    return math.ceil(rows / height) * math.ceil(outputs / rows / (tile / height)) * parts
+
+
+def theirs(operator: Operator, peer: Peer, arch: str, rows: int, warps: int) -> Measured:
+    """A peer's configuration of the best prediction, or what is wrong with it.
+
+    Among equals of a tuner's list, the one with as many ``warps`` as ours: the prediction does not tell them apart.
+    """
+    fault = ""
+    try:
+        calls = gpu_peers.launches_of(lambda: peer.call(arch, rows))
+        many = max(len(call) for call in calls)
+        found = []
+        for choice in range(many):
+            launches = [call[min(choice, len(call) - 1)] for call in calls]
+            try:
+                result = measure(operator, peer, arch, rows, launches)
+                distance = abs(math.log2(launches[0].config.num_warps / warps))
+                found.append(((-round(result.share, 3), result.spilled, distance, result.instructions), result))
+            except RidgelineError as error:
+                fault = str(error)
+        if found:
+            return min(found, key=lambda pair: pair[0])[1]
+    except Exception as error:  # whatever a peer raises is its fault, and is told
+        fault = f"{type(error).__name__}: {error}"
+    return Measured(operator.name, arch, rows, peer.name, "-", fault=fault.splitlines()[0][:200] if fault else "?")
+
+
+def compare(task: tuple[str, str]) -> list[Measured]:
+    """One operator on one architecture; in a process of its own."""
+    name, arch = task
+    operator = next(o for o in operators() if o.name == name)
+    us = Peer(OURS, operator.ours, operator.tile, operator.loops)
+    launches = {rows: list(operator.ours(arch, rows)) for rows in operator.shapes}
+    results = [measure(operator, us, arch, rows, launches[rows]) for rows in operator.shapes]
+    gpu_peers.pretend(arch)
+    for rows in operator.shapes:
+        warps = launches[rows][0].config.num_warps
+        results += [theirs(operator, peer, arch, rows, warps) for peer in operator.peers]
+    return results
+
+
+def verdict(ours: Measured, other: Measured) -> str:
+    """Where we are worse, or nothing."""
+    if other.fault:
+        return ""
+    worse = []
+    if ours.instructions > other.instructions * (1 + SAME):
+        worse.append("instructions")
+    if ours.shared_per_output > other.shared_per_output * (1 + SAME) + 0.01:
+        worse.append("shared")
+    if ours.share < other.share - SAME / 2:
+        worse.append("share")
+    return ", ".join(worse) or "no worse"
+
+
+def table(results: list[Measured]) -> Table:
+    """For people."""
+    out = Table(title="per output: warp instructions, shared bytes of a tile; share of the roofline as predicted")
+    for column in ("operator", "arch", "rows", "whose", "tile", "regs", "spill", "shared", "occ", "tensor", "copies"):
+        out.add_column(column)
+    for column in ("instr/out", "shared/out", "share", "ours is worse in"):
+        out.add_column(column, justify="right")
+    ours = {(m.operator, m.arch, m.rows): m for m in results if m.who == OURS}
+    for key, us in ours.items():
+        group = [us, *(m for m in results if (m.operator, m.arch, m.rows) == key and m.who != OURS)]
+        for m in group:
+            head = (us.operator, us.arch, str(us.rows)) if m is us else ("", "", "")
+            if m.fault:
+                out.add_row(*head, m.who, m.fault)
+                continue
+            said = "" if m is us else verdict(us, m)
+            style = "red" if said not in ("", "no worse") else None
+            out.add_row(
+                *head, m.who, m.config, str(m.registers), str(m.spilled), str(m.shared), f"{m.occupancy}/64", m.tensor,
+                m.copies, f"{m.instructions:.3g}", f"{m.shared_per_output:.3g}", f"{100 * m.share:.0f}%", said,
+                style=style,
+            )  # fmt: skip
+        out.add_section()
+    return out
+
+
+def main() -> int:
+    """Exit status 1 where ours is worse in anything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--install", action="store_true", help="fetch the peers' sources into .peers/gpu")
+    parser.add_argument("--op", default="", help="operators whose name holds this")
+    parser.add_argument("--arch", choices=ARCHS, action="append")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--width", type=int, default=230, help="of the table, in columns")
+    args = parser.parse_args()
+    if args.install:
+        gpu_peers.install()
+        return 0
+    if gpu_peers.missing():
+        print(f"not there: {', '.join(gpu_peers.missing())}; python bench/gpu_field.py --install", file=sys.stderr)
+        return 2
+    names = [o.name for o in operators() if args.op.lower() in o.name.lower()]
+    tasks = [(name, arch) for name in names for arch in args.arch or ARCHS]
+    results: list[Measured] = [m for found in in_process(compare, tasks, args.jobs) for m in found]
+    Console(width=args.width).print(table(results))
+    ours = {(m.operator, m.arch, m.rows): m for m in results if m.who == OURS}
+    pairs: list[dict[str, Any]] = [
+        {**asdict(m), "worse": verdict(ours[m.operator, m.arch, m.rows], m) if m.who != OURS else ""} for m in results
+    ]
+    print(json.dumps({"versions": gpu_peers.VERSIONS, "kernels": pairs}))
+    return int(any(p["worse"] not in ("", "no worse") for p in pairs))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
