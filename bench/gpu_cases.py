@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from ridgeline.backends.cuda.launch import CardShape, Launch, cdiv
 
 HIDDEN, MLP, HEADS, KV_HEADS, DIM, CONTEXT, PAGE = 4096, 14336, 32, 8, 128, 4096, 16
+CHUNK = 256
+"""Keys of a partial of our decode kernel."""
 ROWS = (1, 64, 4096)
 QKV = (6144, 4096)
 """(N, K) of the product that is compared: no residual and no gate, which the peers' products do not have."""
@@ -29,12 +31,16 @@ class Peer:
         call: calls its launcher with an architecture and rows.
         tile: rows, columns of a program's output and tensor-core operations of a launch, as for ``Operator``.
         loops: how often each loop of a row kernel runs, in code order.
+        outputs: elements written of some rows, where they are not the operator's.
+        branch: share of programs that take the first of two ways.
     """
 
     name: str
     call: Calls
     tile: Callable[[Launch, int], tuple[float, float]]
     loops: tuple[float, ...] = ()
+    outputs: Callable[[int], float] | None = None
+    branch: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,24 +49,21 @@ class Operator:
 
     Attributes:
         shapes: rows.
-        ours: our launches.
+        us: our launches, returned. A tile is the elements of a program's output and the operations of the tensor cores
+            over the grid, padding included; 0 where it uses none.
         outputs, operations, moved: elements written, operations and bytes at least, of some rows.
-        tile: of a launch of ours: elements of a program's output, and operations of its tensor cores over the grid,
-            padding included; 0 where it uses none.
         kind: whose peak counts.
         only: architectures, if not both.
     """
 
     name: str
-    ours: Calls
+    us: Peer
     peers: tuple[Peer, ...]
     outputs: Callable[[int], float]
     operations: Callable[[int], float]
     moved: Callable[[int], float]
-    tile: Callable[[Launch, int], tuple[float, float]]
     shapes: tuple[int, ...] = ROWS
     kind: str = "bf16"
-    loops: tuple[float, ...] = field(default=())
 
     def shape(self, rows: int, launches: list[Launch]) -> CardShape:
         """As the prediction takes it: the same operations and bytes, whoever computes them."""
@@ -314,15 +317,13 @@ def vllm_decode(rows: int) -> Any:
 def _product(name: str, ours: Calls, peers: tuple[Peer, ...], weight: float, x: float, kind: str = "bf16") -> Operator:
     n, k = QKV
     return Operator(
-        name, ours, peers, lambda m: m * n, lambda m: 2.0 * m * n * k,
-        lambda m: n * k * weight + m * k * x + 2.0 * m * n, product_tile(n, k, "BLOCK_M", "BLOCK_N"), kind=kind,
+        name, Peer("", ours, product_tile(n, k, "BLOCK_M", "BLOCK_N")), peers, lambda m: m * n,
+        lambda m: 2.0 * m * n * k, lambda m: n * k * weight + m * k * x + 2.0 * m * n, kind=kind,
     )  # fmt: skip
 
 
-def _rows(name: str, ours: Calls, peers: tuple[Peer, ...], columns: int, moved: float, work: float, tile: Any) -> Operator:
-    return Operator(
-        name, ours, peers, lambda m: m * columns, lambda m: work * m * columns, lambda m: moved * m * columns, tile
-    )
+def _rows(name: str, us: Peer, peers: tuple[Peer, ...], columns: int, moved: float, work: float) -> Operator:
+    return Operator(name, us, peers, lambda m: m * columns, lambda m: work * m * columns, lambda m: moved * m * columns)
 
 
 def operators() -> list[Operator]:
@@ -347,22 +348,24 @@ def operators() -> list[Operator]:
     )  # fmt: skip
     silu = (Peer("Liger", lambda a, m: liger("swiglu", "swiglu_forward")(empty(m, MLP), empty(m, MLP)), row_tile(MLP)),)
     gelu = (Peer("Liger", lambda a, m: liger("geglu", "geglu_forward")(empty(m, MLP), empty(m, MLP)), row_tile(MLP)),)
-    gated: Any = lambda function: lambda a, m: op("gated").gated(  # noqa: E731
-        empty(m, MLP), empty(m, MLP), empty(m, MLP), function=function, arch=a
+    gated: Any = lambda function: (
+        lambda a, m: op("gated").gated(  # noqa: E731
+            empty(m, MLP), empty(m, MLP), empty(m, MLP), function=function, arch=a
+        )
     )
     rope = (
         Peer("Liger", lambda a, m: liger_rope(m), rope_tile),
         Peer("flash-attn", lambda a, m: flash_rope(m), rope_tile),
     )
-    bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
-    assert bf16 is not fp8
+    fp8 = torch.float8_e4m3fn
+    ways: dict[str, Any] = {"outputs": lambda m: m * (HEADS + 2 * KV_HEADS) * DIM, "branch": 0.8}
     return [
-        _rows("RMSNorm + residual", lambda a, m: our_norm(m, True), added, HIDDEN, 8.0, 5.0, norm_tile),
-        _rows("RMSNorm", lambda a, m: our_norm(m, False), plain, HIDDEN, 4.0, 4.0, norm_tile),
-        _rows("LayerNorm", lambda a, m: our_norm(m, False, True), layer, HIDDEN, 4.0, 6.0, norm_tile),
-        _rows("SiLU gate", gated("silu"), silu, MLP, 6.0, 6.0, gate_tile),
-        _rows("GELU gate", gated("gelu_tanh"), gelu, MLP, 6.0, 10.0, gate_tile),
-        _rows("rotary", our_rope, rope, (HEADS + KV_HEADS) * DIM, 4.0, 3.0, rope_tile),
+        _rows("RMSNorm + residual", Peer("", lambda a, m: our_norm(m, True), norm_tile), added, HIDDEN, 8.0, 5.0),
+        _rows("RMSNorm", Peer("", lambda a, m: our_norm(m, False), norm_tile), plain, HIDDEN, 4.0, 4.0),
+        _rows("LayerNorm", Peer("", lambda a, m: our_norm(m, False, True), norm_tile), layer, HIDDEN, 4.0, 6.0),
+        _rows("SiLU gate", Peer("", gated("silu"), gate_tile), silu, MLP, 6.0, 6.0),
+        _rows("GELU gate", Peer("", gated("gelu_tanh"), gate_tile), gelu, MLP, 6.0, 10.0),
+        _rows("rotary", Peer("", our_rope, rope_tile, **ways), rope, (HEADS + KV_HEADS) * DIM, 4.0, 3.0),
         _product("bf16 product", ours_of("linear"), (
             Peer("vLLM batch-invariant", lambda a, m: vllm_matmul(m), sizes),), 2.0, 2.0),
         _product("int8 product", ours_of("linear_int8"), (
@@ -392,13 +395,14 @@ def attention() -> list[Operator]:
     )
     return [
         Operator(
-            "attention prefill", our_prefill, prefill, lambda m: m * HEADS * DIM,
+            "attention prefill", Peer("", our_prefill, prefill_tile("BLOCK_M", "BLOCK_N", group)), prefill,
+            lambda m: m * HEADS * DIM,
             lambda m: 4.0 * HEADS * DIM * m * (m + 1) / 2, lambda m: m * 4.0 * (HEADS + KV_HEADS) * DIM,
-            prefill_tile("BLOCK_M", "BLOCK_N", group), (CONTEXT,),
+            (CONTEXT,),
         ),
         Operator(
-            "attention decode", our_decode, decode, lambda m: m * HEADS * DIM,
+            "attention decode", Peer("", our_decode, decode_tile("BLOCK_M", group)), decode, lambda m: m * HEADS * DIM,
             lambda m: 4.0 * m * HEADS * DIM * CONTEXT, lambda m: m * 4.0 * (CONTEXT * KV_HEADS + HEADS) * DIM,
-            decode_tile("BLOCK_M", group), (1, 64),
+            (1, 64),
         ),
     ]  # fmt: skip

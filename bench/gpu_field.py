@@ -14,21 +14,28 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import gpu_peers
-from gpu_cases import Operator, Peer, operators
+from gpu_cases import CHUNK, CONTEXT, Operator, Peer, operators
+from gpu_count import Runs, in_units, issued
 from rich.console import Console
 from rich.table import Table
 
 from ridgeline.backends.cuda.ladder.card import Card, card_of, predict
 from ridgeline.backends.cuda.ladder.compile import compile_launch, in_process
-from ridgeline.backends.cuda.ladder.sass import Code, base, parse
+from ridgeline.backends.cuda.ladder.sass import base
 from ridgeline.backends.cuda.launch import ARCHS, Launch
 from ridgeline.core.errors import RidgelineError
 
 OURS = "Ridgeline"
+BLOCKS = (
+    ("BLOCK_M", "BLOCK_SIZE_M", "BLOCK_H", "HEADS", "ROWS"),
+    ("BLOCK_N", "BLOCK_SIZE_N", "TILE_SIZE", "BLOCK", "BLOCK_SIZE"),
+    ("BLOCK_K", "BLOCK_SIZE_K"),
+)
+"""What launchers call the sides of a tile."""
 SAME = 0.02  # differences below two in a hundred are none
 
 
@@ -53,79 +60,53 @@ class Measured:
     fault: str = ""
 
 
-def operations_of(opcode: str) -> float:
-    """Multiplies and adds of a warp's part of one tensor-core instruction; a wgmma is four warps'."""
-    shape = next((f for f in opcode.split(".")[1:] if f[0].isdigit()), "")
-    if "x" in shape:
-        m, n, k = (int(size) for size in shape.split("x"))
-        return 2.0 * m * n * k / 4
-    known = {"1688": (16, 8, 8), "16816": (16, 8, 16), "16832": (16, 8, 32), "8816": (8, 8, 16), "884": (8, 8, 4)}
-    return 2.0 * math.prod(known[shape])
-
-
-def innermost(code: Code) -> list[tuple[int, int]]:
-    """Loops that hold no other, in code order."""
-    held = [a for a in code.loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in code.loops)]
-    return sorted(held)
-
-
-def issued(code: Code, warps: int, tiles: float, operations: float, loops: tuple[float, ...]) -> float:
-    """Instructions that all warps of a launch issue.
-
-    The hottest loop runs until its tensor-core instructions have done ``operations``; a loop of a row kernel, as often
-    as ``loops`` says in code order; everything else once in each of ``tiles``, other loops and branches included.
-    """
-    total = float(len(code.opcodes))
-    hot = code.hot_loop()
-    if operations and hot and code.classes(*hot)["tensor"]:
-        inside = code.opcodes[hot[0] : hot[1] + 1]
-        done = sum(operations_of(op) for op in inside if base(op).endswith("MMA"))
-        return len(inside) * operations / done + (total - len(inside)) * warps * tiles
-    for span, times in zip(innermost(code), loops, strict=False):
-        total += (span[1] - span[0] + 1) * (times - 1)
-    return total * warps * tiles
-
-
 def describe(launch: Launch) -> str:
     """Blocks, warps and stages."""
-    blocks = [v for k, v in launch.config.meta.items() if k.startswith(("BLOCK", "TILE")) and isinstance(v, int)]
-    return f"{'x'.join(str(b) for b in blocks[:3] if b > 0) or '-'} w{launch.config.num_warps} s{launch.config.num_stages}"
+    meta = launch.config.meta
+    named = [[meta[n] for n in names if n in meta][:1] for names in BLOCKS]
+    return f"{'x'.join(str(v[0]) for v in named if v) or '-'} w{launch.config.num_warps} s{launch.config.num_stages}"
+
+
+def runs_of(operator: Operator, side: Peer, launch: Launch, rows: int) -> tuple[Runs, float]:
+    """How often a launch's parts run, and the outputs of one of its programs or tiles that are some row's."""
+    meta, outputs = launch.config.meta, operator.outputs(rows)
+    tile, operations = side.tile(launch, rows)
+    programs = float(math.prod(launch.grid))
+    if "product" not in operator.name:
+        parts = float(launch.args.get("splits", 1))
+        runs = Runs(programs, parts, operations, side.loops, folds=CONTEXT / CHUNK, branch=side.branch)
+        return runs, tile
+    height = meta.get("BLOCK_M") or meta["BLOCK_SIZE_M"]
+    parts = meta.get("SPLIT", 1) if meta.get("PARALLEL") else 1
+    tiles = math.ceil(rows / height) * math.ceil(outputs / rows / (tile / height))
+    jobs = programs if "SPLIT_K" in meta else tiles * parts  # a persistent program takes several
+    return Runs(jobs, parts, operations), min(rows, height) * tile / height
 
 
 def measure(operator: Operator, side: Peer, arch: str, rows: int, launches: list[Launch]) -> Measured:
     """Compiles and counts; raises RidgelineError where it does not compile."""
-    outputs = operator.outputs(rows)
     result = Measured(operator.name, arch, rows, side.name, describe(launches[0]))
     cards: list[Card] = []
+    issues = 0.0
     for place, launch in enumerate(launches):
         binary = compile_launch(launch, arch)
-        card, code = card_of(binary), parse(binary.sass)
-        cards.append(card)
-        if place == 0 or operator.name == "rotary":
-            tile, operations = side.tile(launch, rows)
-            tiles = float(math.prod(launch.grid))
-            if operations and launch.config.meta.get("NUM_SMS") or "SPLIT" in launch.config.meta:
-                tiles = jobs(launch, rows, tile, outputs)
-            result.instructions += issued(code, card.num_warps, tiles, operations, side.loops) / outputs
-        else:
-            result.instructions += issued(code, card.num_warps, math.prod(launch.grid), 0.0, (16.0,)) / outputs
+        card = card_of(binary)
+        cards.append(in_units(card, binary.sass, operator.kind != "bf16"))
+        if place and operator.name != "rotary":  # what merges the parts of the first
+            issues += issued(binary.sass, card.num_warps, Runs(math.prod(launch.grid), loops=(8.0,)))
+            continue
+        runs, tile = runs_of(operator, side, launch, rows)
+        issues += issued(binary.sass, card.num_warps, runs)
         if place == 0:
             result.shared_per_output = card.shared_bytes / tile
     first = cards[0]
+    result.instructions = issues / (side.outputs or operator.outputs)(rows)
     result.registers, result.spilled = max(c.registers for c in cards), max(c.local_bytes for c in cards)
     result.shared, result.occupancy = first.shared_bytes, first.occupancy
     result.tensor = " ".join(sorted({base(op) for op in first.tensor})) or "-"
     result.copies = " ".join(sorted(first.copies)) or "-"
     result.share = predict(operator.shape(rows, launches), cards, operator.kind).roofline_share
     return result
-
-
-def jobs(launch: Launch, rows: int, tile: float, outputs: float) -> float:
-    """Tiles, times parts along K, of a persistent product, whose programs take several."""
-    meta = launch.config.meta
-    height = meta.get("BLOCK_M") or meta["BLOCK_SIZE_M"]
-    parts = meta["SPLIT"] if meta.get("PARALLEL") else 1
-    return math.ceil(rows / height) * math.ceil(outputs / rows / (tile / height)) * parts
 
 
 def theirs(operator: Operator, peer: Peer, arch: str, rows: int, warps: int) -> Measured:
@@ -150,15 +131,20 @@ def theirs(operator: Operator, peer: Peer, arch: str, rows: int, warps: int) -> 
             return min(found, key=lambda pair: pair[0])[1]
     except Exception as error:  # whatever a peer raises is its fault, and is told
         fault = f"{type(error).__name__}: {error}"
-    return Measured(operator.name, arch, rows, peer.name, "-", fault=fault.splitlines()[0][:200] if fault else "?")
+    return Measured(operator.name, arch, rows, peer.name, "-", fault=told(fault))
+
+
+def told(fault: str) -> str:
+    """A fault in a line: what comes after a kernel's constants, which fill a page."""
+    return fault.rsplit("}: ", 1)[-1].strip().splitlines()[-1].strip()[:160] if fault.strip() else "no configuration"
 
 
 def compare(task: tuple[str, str]) -> list[Measured]:
     """One operator on one architecture; in a process of its own."""
     name, arch = task
     operator = next(o for o in operators() if o.name == name)
-    us = Peer(OURS, operator.ours, operator.tile, operator.loops)
-    launches = {rows: list(operator.ours(arch, rows)) for rows in operator.shapes}
+    us = replace(operator.us, name=OURS)
+    launches = {rows: list(operator.us.call(arch, rows)) for rows in operator.shapes}
     results = [measure(operator, us, arch, rows, launches[rows]) for rows in operator.shapes]
     gpu_peers.pretend(arch)
     for rows in operator.shapes:

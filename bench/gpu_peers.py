@@ -164,7 +164,9 @@ def platform(arch: str) -> Any:
         "is_cuda_alike": lambda: True,
         "fp8_dtype": lambda: torch.float8_e4m3fn,
         "get_device_capability": lambda *a, **k: here,
-        "has_device_capability": lambda need, *a, **k: here.to_int() >= (need if isinstance(need, int) else need[0] * 10),
+        "has_device_capability": lambda need, *a, **k: (
+            here.to_int() >= (need if isinstance(need, int) else need[0] * 10)
+        ),
         "is_device_capability_family": lambda family, *a, **k: here.major == family // 10,
         "get_device_name": lambda *a, **k: DEVICE_NAMES[arch],
         "device_type": "cuda",
