@@ -123,6 +123,16 @@ def our_norm(rows: int, residual: bool, center: bool = False) -> list[Launch]:
     return list(op("norm").norm(x, weight, out, eps=1e-5, **extra))
 
 
+def our_gate(function: str) -> Calls:
+    """The gate of an MLP."""
+
+    def call(arch: str, rows: int) -> Any:
+        gate, up, out = (empty(rows, MLP) for _ in range(3))
+        return op("gated").gated(gate, up, out, function=function, arch=arch)
+
+    return call
+
+
 def liger(module: str, function: str) -> Any:
     """A function of Liger's."""
     return getattr(import_module(f"liger_kernel.ops.{module}"), function)
@@ -348,11 +358,6 @@ def operators() -> list[Operator]:
     )  # fmt: skip
     silu = (Peer("Liger", lambda a, m: liger("swiglu", "swiglu_forward")(empty(m, MLP), empty(m, MLP)), row_tile(MLP)),)
     gelu = (Peer("Liger", lambda a, m: liger("geglu", "geglu_forward")(empty(m, MLP), empty(m, MLP)), row_tile(MLP)),)
-    gated: Any = lambda function: (
-        lambda a, m: op("gated").gated(  # noqa: E731
-            empty(m, MLP), empty(m, MLP), empty(m, MLP), function=function, arch=a
-        )
-    )
     rope = (
         Peer("Liger", lambda a, m: liger_rope(m), rope_tile),
         Peer("flash-attn", lambda a, m: flash_rope(m), rope_tile),
@@ -363,8 +368,8 @@ def operators() -> list[Operator]:
         _rows("RMSNorm + residual", Peer("", lambda a, m: our_norm(m, True), norm_tile), added, HIDDEN, 8.0, 5.0),
         _rows("RMSNorm", Peer("", lambda a, m: our_norm(m, False), norm_tile), plain, HIDDEN, 4.0, 4.0),
         _rows("LayerNorm", Peer("", lambda a, m: our_norm(m, False, True), norm_tile), layer, HIDDEN, 4.0, 6.0),
-        _rows("SiLU gate", Peer("", gated("silu"), gate_tile), silu, MLP, 6.0, 6.0),
-        _rows("GELU gate", Peer("", gated("gelu_tanh"), gate_tile), gelu, MLP, 6.0, 10.0),
+        _rows("SiLU gate", Peer("", our_gate("silu"), gate_tile), silu, MLP, 6.0, 6.0),
+        _rows("GELU gate", Peer("", our_gate("gelu_tanh"), gate_tile), gelu, MLP, 6.0, 10.0),
         _rows("rotary", Peer("", our_rope, rope_tile, **ways), rope, (HEADS + KV_HEADS) * DIM, 4.0, 3.0),
         _product("bf16 product", ours_of("linear"), (
             Peer("vLLM batch-invariant", lambda a, m: vllm_matmul(m), sizes),), 2.0, 2.0),

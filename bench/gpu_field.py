@@ -193,6 +193,40 @@ def table(results: list[Measured]) -> Table:
     return out
 
 
+def markdown(results: list[Measured]) -> str:
+    """For docs/kernels.md: ours : theirs, a cell for all shapes of a pair, bold where ours is worse."""
+    lines = [
+        "| operator | arch | beside | rows | instructions per output | shared bytes per output | share of the roofline |",
+        "|" + "---|" * 7,
+    ]
+    ours = {(m.operator, m.arch, m.rows): m for m in results if m.who == OURS}
+    pairs: dict[tuple[str, str, str], list[Measured]] = {}
+    for m in results:
+        if m.who != OURS and not m.fault:
+            pairs.setdefault((m.operator, m.arch, m.who), []).append(m)
+    for (operator, arch, who), them in pairs.items():
+        both = [(ours[m.operator, m.arch, m.rows], m) for m in them]
+        cells = [
+            ", ".join(_cell(field, us, other) for us, other in both)
+            for field in ("instructions", "shared_per_output", "share")
+        ]
+        lines.append(f"| {operator} | {arch} | {who} | {', '.join(str(m.rows) for m in them)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+WORSE = {"instructions": "instructions", "shared_per_output": "shared", "share": "share"}
+
+
+def _cell(field: str, us: Measured, other: Measured) -> str:
+    a, b = (getattr(m, field) for m in (us, other))
+    text = f"{100 * a:.0f} : {100 * b:.0f}%" if field == "share" else f"{_short(a)} : {_short(b)}"
+    return f"**{text}**" if WORSE[field] in verdict(us, other).split(", ") else text
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 else f"{value:.1g}"
+
+
 def main() -> int:
     """Exit status 1 where ours is worse in anything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,6 +234,7 @@ def main() -> int:
     parser.add_argument("--op", default="", help="operators whose name holds this")
     parser.add_argument("--arch", choices=ARCHS, action="append")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--markdown", action="store_true", help="the compact table of docs/kernels.md")
     parser.add_argument("--width", type=int, default=230, help="of the table, in columns")
     args = parser.parse_args()
     if args.install:
@@ -211,7 +246,10 @@ def main() -> int:
     names = [o.name for o in operators() if args.op.lower() in o.name.lower()]
     tasks = [(name, arch) for name in names for arch in args.arch or ARCHS]
     results: list[Measured] = [m for found in in_process(compare, tasks, args.jobs) for m in found]
-    Console(width=args.width).print(table(results))
+    if args.markdown:
+        print(markdown(results))
+    else:
+        Console(width=args.width).print(table(results))
     ours = {(m.operator, m.arch, m.rows): m for m in results if m.who == OURS}
     pairs: list[dict[str, Any]] = [
         {**asdict(m), "worse": verdict(ours[m.operator, m.arch, m.rows], m) if m.who != OURS else ""} for m in results
