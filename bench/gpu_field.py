@@ -196,7 +196,7 @@ def table(results: list[Measured]) -> Table:
 def markdown(results: list[Measured]) -> str:
     """For docs/kernels.md: ours : theirs, a cell for all shapes of a pair, bold where ours is worse."""
     lines = [
-        "| operator | arch | beside | rows | instructions per output | shared bytes per output | share of the roofline |",
+        "| operator | arch | beside | rows | instructions per output | shared bytes per output | predicted share |",
         "|" + "---|" * 7,
     ]
     ours = {(m.operator, m.arch, m.rows): m for m in results if m.who == OURS}
