@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ridgeline.backends.cuda.ladder.card import Card
-from ridgeline.backends.cuda.ladder.sass import Code, base, class_of, parse
+from ridgeline.backends.cuda.ladder.sass import Code, base, class_of, parse, shared_bytes, tensor_size
 
-_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*);")
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*);")
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\b")
-
-SHAPES = {"1688": (16, 8, 8), "16816": (16, 8, 16), "16832": (16, 8, 32), "8816": (8, 8, 16), "884": (8, 8, 4)}
-"""m, n, k of a warp's tensor-core instruction by the digits in its name."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +34,6 @@ class Runs:
     branch: float = 1.0
 
 
-def code_of(sass: str) -> Code:
-    """Instructions with the shapes of wgmma in their names: the reader stops at the small x of 64x128x16."""
-    return parse(_shaped(sass))
-
-
-def _shaped(sass: str) -> str:
-    return re.sub(r"GMMA\.(\d+)x(\d+)x(\d+)", r"GMMA.\1X\2X\3", sass)
-
-
 def skips(sass: str) -> list[tuple[int, int]]:
     """Forward branches: (place of the branch, place where it lands)."""
     places: dict[int, int] = {}
@@ -60,11 +47,9 @@ def skips(sass: str) -> list[tuple[int, int]]:
 
 
 def operations_of(opcode: str) -> float:
-    """Multiplies and adds of a warp's part of one tensor-core instruction; a wgmma is four warps'."""
-    shape = next((f for f in opcode.split(".")[1:] if f[0].isdigit()), "")
-    if "X" in shape:
-        return 2.0 * math.prod(int(size) for size in shape.split("X")) / 4
-    return 2.0 * math.prod(SHAPES[shape])
+    """Multiplies and adds of a warp's part of one tensor-core instruction."""
+    size, warps = tensor_size(opcode)
+    return 2.0 * size / warps
 
 
 def is_tensor(opcode: str) -> bool:
@@ -111,7 +96,7 @@ def issued(sass: str, warps: int, runs: Runs) -> float:
     The hottest loop runs until its tensor-core instructions have done the operations; all else once a job, whatever
     branch it lies on; what follows an atomic arrival, once a tile.
     """
-    code, jumps = code_of(sass), skips(sass)
+    code, jumps = parse(sass), skips(sass)
     weights = [1.0] * len(code.opcodes)
     for span, times in zip(innermost(code), runs.loops, strict=False):
         for place in range(span[0], span[1] + 1):
@@ -140,19 +125,12 @@ def _part(weights: list[float], code: Code, jumps: list[tuple[int, int]], share:
         weights[place] *= share if place < second else 1 - share
 
 
-def in_units(card: Card, sass: str, wide: bool) -> Card:
-    """A card whose tensor-core instructions are counted in the unit that the prediction takes them for.
-
-    It takes each as 8 cycles of an Ampere scheduler's tensor core and as 32 of a Hopper one's: an HMMA.16816, and a
-    warp's quarter of a wgmma 64x64x16. Others are more or less than that. ``wide``: int8 and FP8, twice the rate.
-    """
-    code = code_of(sass)
-    inside = [code.opcodes[i] for i in hot_part(code, skips(sass))]
-    done = sum(operations_of(op) for op in inside if is_tensor(op))
-    if not done:
+def steady(card: Card, sass: str) -> Card:
+    """A card whose hottest loop is without what its steps skip but for a tile's last."""
+    code = parse(sass)
+    inside = [code.opcodes[place] for place in hot_part(code, skips(sass))]
+    if not inside:
         return card
-    unit = (4096.0 if card.arch == "sm_80" else 32768.0) * (2 if wide else 1)
-    others = sum(not is_tensor(op) for op in inside)
-    loop: Counter[str] = Counter()
-    loop.update({"tensor": done / unit, "others": others})  # type: ignore[dict-item]
-    return Card(**{**card.__dict__, "loop": loop})
+    classes = Counter(map(class_of, inside))
+    cycles = sum(map(shared_bytes, inside)) / 32  # 128 bytes a cycle, for four schedulers
+    return replace(card, loop=replace(card.loop, classes=classes, shared_cycles=cycles))

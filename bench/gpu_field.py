@@ -19,7 +19,7 @@ from typing import Any
 
 import gpu_peers
 from gpu_cases import CHUNK, CONTEXT, Operator, Peer, operators
-from gpu_count import Runs, in_units, issued
+from gpu_count import Runs, issued, steady
 from rich.console import Console
 from rich.table import Table
 
@@ -91,7 +91,7 @@ def measure(operator: Operator, side: Peer, arch: str, rows: int, launches: list
     for place, launch in enumerate(launches):
         binary = compile_launch(launch, arch)
         card = card_of(binary)
-        cards.append(in_units(card, binary.sass, operator.kind != "bf16"))
+        cards.append(steady(card, binary.sass))
         if place and operator.name != "rotary":  # what merges the parts of the first
             issues += issued(binary.sass, card.num_warps, Runs(math.prod(launch.grid), loops=(8.0,)))
             continue

@@ -1,4 +1,4 @@
-"""The commands: run, chat, bench, replay and kernels. What loads a model is imported by the command that does."""
+"""The commands: run, chat, bench, replay, compile, kernels. What loads a model is imported by the one that does."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ridgeline.api.compile import compile_model
 from ridgeline.api.flags import with_flags
 from ridgeline.api.kernels import make_app
 from ridgeline.core.config import ISAS
@@ -175,6 +176,7 @@ def make_command() -> Callable[..., Any]:
     app.command("chat")(with_flags(chat, sampling=True))
     app.command("bench")(with_flags(bench, sampling=False))
     app.command("replay")(replay)
+    app.command("compile")(with_flags(compile_model, sampling=False))
     app.add_typer(make_app(), name="kernels")
     app.callback(invoke_without_command=True)(_no_command)
     return typer.main.get_command(app)
@@ -189,4 +191,6 @@ def _no_command(
         print(f"ridgeline {__version__}")
         raise typer.Exit()
     if context.invoked_subcommand is None:
-        raise ConfigError("no command given: run, chat, bench, replay or kernels (ridgeline --help tells more)")
+        raise ConfigError(
+            "no command given: run, chat, bench, replay, compile or kernels (ridgeline --help tells more)"
+        )

@@ -33,7 +33,8 @@ def _no_command(context: typer.Context) -> None:
         raise ConfigError("no kernels command given: check, cards or bench (ridgeline kernels --help tells more)")
 
 
-def _require() -> None:
+def require_toolchain() -> None:
+    """Raises ConfigError unless torch and triton can be imported."""
     missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} not installed: pip install 'ridgeline[cuda]'")
@@ -41,7 +42,7 @@ def _require() -> None:
 
 def _prepare(root: Path) -> None:
     """Kernels are interpreted in this process, and cases live beside the package."""
-    _require()
+    require_toolchain()
     os.environ["TRITON_INTERPRET"] = "1"
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
@@ -49,7 +50,9 @@ def _prepare(root: Path) -> None:
 
 
 def check(
-    op: Annotated[str | None, typer.Argument(help="an operator or the beginning of a case's name; all if none")] = None,
+    op: Annotated[
+        str | None, typer.Argument(help="an operator, path/to/file.py:kernel, or the beginning of a case's name")
+    ] = None,
     arch: Archs = ARCHS,
     rung: Annotated[str, typer.Option("--rung", help="rungs, by commas")] = RUNGS,
     root: Annotated[Path, typer.Option("--root", help="the checkout with the cases")] = Path("."),
@@ -111,7 +114,7 @@ def cards(
 
 def bench(op: Annotated[str | None, typer.Argument(help="an operator; all if none")] = None) -> None:
     """Time kernels on this machine's GPU beside PyTorch's: us, TFLOPS, GB/s, share of the roofline, x library."""
-    _require()
+    require_toolchain()
     from ridgeline.backends.cuda.ladder import gpu, table
 
     ops = table.names()

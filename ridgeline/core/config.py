@@ -11,7 +11,8 @@ from ridgeline.core.errors import ConfigError
 from ridgeline.core.types import unknown_argument
 
 KV_DTYPES = ("auto", "bf16", "f16", "f32", "int8")
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "reference", "cuda")
+DEVICES = ("gpu", "emulated")
 SPECULATIONS = ("ngram",)
 ISAS = ("generic", "avx512", "amx")
 
@@ -35,7 +36,13 @@ class EngineConfig:
     """
 
     model: str = _option("smollm2", "alias or path of a GGUF file")
-    backend: str = _option("cpu", "cpu: native kernels; reference: numpy, slow and exact", BACKENDS)
+    backend: str = _option("cpu", "cpu: native kernels; cuda: a GPU; reference: numpy, slow and exact", BACKENDS)
+    device: str | None = _option(
+        None, "of the cuda backend: gpu (default), or emulated: its kernels interpreted, very slow and exact", DEVICES
+    )
+    batch_invariant: bool = _option(
+        True, "of the cuda backend: a row's bits hang on nothing beside it; without, a few products may go faster"
+    )
     threads: int | None = _option(None, "CPU threads (default: what affinity and cgroup allow)")
     isa: str | None = _option(None, "force an instruction set (default: $RIDGELINE_ISA, or the best here)", ISAS)
     kv_dtype: str = _option("auto", "number format of the KV cache", KV_DTYPES)
@@ -112,8 +119,10 @@ class EngineConfig:
             if choices and value is not None and value not in choices:
                 raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
         for name in ("threads", "isa"):
-            if self.backend == "reference" and getattr(self, name) is not None:
-                raise ConfigError(f"the reference backend takes no {name}: leave it out, or use backend 'cpu'")
+            if self.backend != "cpu" and getattr(self, name) is not None:
+                raise ConfigError(f"the {self.backend} backend takes no {name}: leave it out, or use backend 'cpu'")
+        if self.backend != "cuda" and self.device is not None:
+            raise ConfigError(f"the {self.backend} backend takes no device: leave it out, or use backend 'cuda'")
         if _KV_CHUNK % self.block_size:
             raise ConfigError(f"block_size must divide {_KV_CHUNK}, got {self.block_size}")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -139,7 +148,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} needs recorded steps: set flight_record_steps above 0")
 
     def _check_scheduling(self) -> None:
-        for name in ("prefix_sharing", "flight_record_logits"):
+        for name in ("prefix_sharing", "flight_record_logits", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.ngram_min > self.ngram_max:

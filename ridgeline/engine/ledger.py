@@ -35,7 +35,10 @@ class Ledger:
 
 def make_ledger(plan: Plan, executor: Executor, limits: EngineLimits, backend: str) -> Ledger:
     """The ledger of an engine whose executor runs ``plan``."""
-    if backend == "cpu":
+    told: int | None = getattr(executor, "weights_bytes", None)
+    if told is not None:
+        weights = told
+    elif backend == "cpu":
         from ridgeline.backends.cpu.lowering import packed_weight_bytes
 
         weights = packed_weight_bytes(plan)

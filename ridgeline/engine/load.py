@@ -16,10 +16,12 @@ from ridgeline.core.types import Executor
 from ridgeline.engine.engine import Engine, EngineLimits
 from ridgeline.engine.identity import environment
 from ridgeline.engine.ledger import Ledger, make_ledger
+from ridgeline.engine.planning import hidden_dtype
 from ridgeline.engine.recorder import FlightRecorder
 from ridgeline.engine.text import Detokenizer
+from ridgeline.graph.ir import Graph
 from ridgeline.graph.plan import Plan, compile
-from ridgeline.graph.target import cpu_target, naive_target
+from ridgeline.graph.target import cpu_target, cuda_target, naive_target
 from ridgeline.models.load import Model, load_model
 from ridgeline.models.registry import resolve
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-AUTO_KV_DTYPE = {"cpu": "bf16", "reference": "f32"}
+AUTO_KV_DTYPE = {"cpu": "bf16", "reference": "f32", "cuda": "bf16"}
 """What kv_dtype "auto" stands for: the fastest that keeps the quality of float32."""
 
 _SCHEDULING = (
@@ -169,22 +171,43 @@ def make_executor(
     """
     kv_dtype = _kv_dtype(config)
     graph = model.graph(config.max_num_batched_tokens, config.sampled_rows(), kv_dtype, config.block_size)
-    plan = compile(graph, naive_target(kv_dtype) if config.backend == "reference" else cpu_target(kv_dtype))
     sizes: dict[str, Any] = {
         "num_slots": config.max_num_seqs + spare_slots,
-        "num_blocks": [num_blocks] * len(plan.caches),
+        "num_blocks": [num_blocks] * len(graph.caches),
         "max_blocks_per_slot": -(-max_len // config.block_size),
-        "threads": config.threads,
-        "isa": config.isa,
     }
     if config.backend == "reference":
         from ridgeline.backends.reference.executor import ReferenceExecutor
 
+        plan = compile(graph, naive_target(kv_dtype))
         return plan, ReferenceExecutor(plan, model.weights, **sizes)
+    if config.backend == "cuda":
+        return _make_cuda_executor(config, model, graph, kv_dtype, sizes)
     from ridgeline.backends.cpu.executor import CpuExecutor
 
+    plan = compile(graph, cpu_target(kv_dtype))
+    sizes |= {"threads": config.threads, "isa": config.isa}
     # A packed weight's pages in the file are not read again: give them back as packing goes on.
     return plan, CpuExecutor(plan, model.weights, packed=model.file.drop_pages, **sizes)
+
+
+def _make_cuda_executor(
+    config: EngineConfig, model: Model, graph: Graph, kv_dtype: str, sizes: dict[str, Any]
+) -> tuple[Plan, Executor]:
+    """As ``make_executor``, on a GPU or the emulated device; torch and triton are imported here and not before."""
+    from ridgeline.backends.cuda.opening import open_device
+
+    device = open_device(config.device or "gpu")
+    from ridgeline.backends.cuda.executor import CudaExecutor
+
+    matrices = {w.tensor.format.name for w in model.weights.values() if len(w.tensor.shape) == 2}
+    plan = compile(graph, cuda_target(kv_dtype, hidden_dtype(matrices)))
+    if config.device != "emulated":
+        from ridgeline.backends.cuda.compiled import compile_for
+
+        context = sizes["max_blocks_per_slot"] * config.block_size
+        compile_for(plan, device.arch, context, sizes["num_slots"], config.batch_invariant)
+    return plan, CudaExecutor(plan, model.weights, device, batch_invariant=config.batch_invariant, **sizes)
 
 
 class _Background(Generic[T]):

@@ -176,8 +176,8 @@ def _linear_infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
     return [((x.shape[0], n), attrs["quantize"] or "f32")]
 
 
-DOT_KIND = {"q8": "int8", "bf16": "bf16", "f32": "f32", "f16": "f32"}
-"""Which units multiply activations of a dtype."""
+DOT_KIND = {"q8": "int8", "bf16": "bf16", "f32": "f32", "f16": "bf16"}
+"""Which units multiply activations of a dtype; f16 and bf16 have one rate wherever both have units."""
 
 
 def _linear_work(inputs: Inputs, attrs: Attrs, load: Load) -> Cost:

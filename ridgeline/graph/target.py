@@ -16,12 +16,14 @@ class Target:
             formats not named take "f32".
         fusions: names of passes whose results the backend can run.
         kv_dtype: what the cache holds: "bf16", "f16", "f32" or "int8".
+        hidden: dtype of activations between operators: "f32", or "bf16" or "f16" where kernels round what they store.
     """
 
     name: str
     activation: Mapping[str, str]
     fusions: frozenset[str]
     kv_dtype: str
+    hidden: str = "f32"
 
 
 ALL_FUSIONS = frozenset(
@@ -41,6 +43,11 @@ _CPU_ACTIVATION = {"q8_0": "q8", "q4_0": "q8", "q4_1": "q8", "bf16": "bf16"}
 def cpu_target(kv_dtype: str) -> Target:
     """Int8 activations for integer weights, bf16 for bf16, float32 for the rest; every fusion."""
     return Target("cpu", _CPU_ACTIVATION, ALL_FUSIONS, kv_dtype)
+
+
+def cuda_target(kv_dtype: str, hidden: str = "bf16") -> Target:
+    """Sixteen-bit activations that every weight format multiplies as it is; every fusion but int8 activations'."""
+    return Target("cuda", {}, ALL_FUSIONS - {"fuse_quantize"}, kv_dtype, hidden)
 
 
 def naive_target(kv_dtype: str = "f32") -> Target:

@@ -9,6 +9,7 @@ rounds as ggml's reference does, so a file written here is the file llama.cpp's 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +72,39 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
     for dim in shape[:-1]:
         rows *= int(dim)
     return rows, int(shape[-1]) if shape else 1
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized matrix taken apart: weight = (code - zero of its format) * scale + minimum.
+
+    Attributes:
+        codes: uint8 [N, K].
+        scales: float16 [N, K / group].
+        minimums: float16 [N, K / group]; None where the format has none.
+    """
+
+    codes: Bytes
+    scales: npt.NDArray[np.float16]
+    minimums: npt.NDArray[np.float16] | None
+
+
+def codes_of(format: WeightFormat, data: Bytes, shape: tuple[int, int]) -> Codes:
+    """The codes and scales of a quantized matrix [N, K], as they are.
+
+    Raises UnsupportedError for a format that is not quantized.
+    """
+    if format.kind != "int" or format.bits not in (4, 8):
+        raise UnsupportedError(f"weight format {format.name} has no codes")
+    n, k = shape
+    groups = np.ascontiguousarray(data).view(np.uint8).reshape(n, k // format.group, format.group_bytes)
+    scales = groups[:, :, 0:2].copy().view("<f2")[:, :, 0]
+    head = 4 if format.has_minimum else 2
+    minimums = groups[:, :, 2:4].copy().view("<f2")[:, :, 0] if format.has_minimum else None
+    body = groups[:, :, head:]
+    # Signed bytes plus 128 are unsigned codes around a zero of 128.
+    codes = np.concatenate([body & 15, body >> 4], axis=2) if format.bits == 4 else body ^ np.uint8(128)
+    return Codes(codes.reshape(n, k), scales, minimums)
 
 
 def _decode_f32(flat: Bytes) -> Float32:

@@ -70,6 +70,9 @@ def _floats() -> list[LinearCase]:
     for after in (("bias",), ("residual",), ("bias", "residual"), ("silu_mul", "residual"), EVERYTHING):
         cases += [LinearCase("linear", rows, 160, 64, "bf16", out, after) for rows, out in ((2, "f32"), (70, "bf16"))]
     cases += [LinearCase("linear", 5, 33, k, "bf16", "bf16") for k in (1, 7, 8, 33, 63, 64, 65)]
+    # Whole steps of K, in parts and not, by every tile: what a model's products are.
+    for rows, k in ((2, 512), (40, 512), (40, 128), (80, 512), (80, 128)):
+        cases += [LinearCase("linear", rows, 64, k, "bf16", "bf16", after) for after in ((), ("silu_mul",))]
     # Fewer programs than tiles, or than parts of tiles: each takes several.
     cases += [LinearCase("linear", rows, 200, 520, "bf16", "bf16", (), 3) for rows in (2, 40, 130)]
     return cases

@@ -20,7 +20,7 @@ class SampleCase:
 
     Attributes:
         vocab: V.
-        kind: which parameters vary.
+        kind: which parameters vary, several joined by "+".
         sharp: standard deviation of the logits.
         levels: distinct values of the logits, so that there are ties; 0: as they come.
     """
@@ -31,6 +31,11 @@ class SampleCase:
     levels: int = 0
     rows: int = 6
     op: str = "sample"
+
+    def has(self, *kinds: str) -> bool:
+        """Whether any of these varies; "all" is the filters and what changes logits."""
+        varied = self.kind.split("+")
+        return any(kind in varied for kind in kinds)
 
     @property
     def name(self) -> str:
@@ -54,6 +59,9 @@ CASES += [
 ]
 CASES += [SampleCase(60, "penalties", sharp=0.5, rows=24), SampleCase(60, "all", sharp=0.5, rows=16)]
 CASES += [SampleCase(40, kind, sharp=0.3, rows=32) for kind in ("top_k", "top_p")]
+CASES += [
+    SampleCase(90, kind) for kind in ("mask+top_k", "penalties+bias", "penalties+bias+top_p", "penalties+bias+mask")
+]
 CASES += [SampleCase(400, "bits", rows=16), SampleCase(30, "ulps", rows=16)]
 
 
@@ -65,11 +73,11 @@ def _parameters(case: SampleCase, rng: np.random.Generator) -> np.ndarray:
     rows["top_p"] = 1.0
     if case.kind in ("bits", "ulps"):
         rows["temperature"] = 1.0
-    if case.kind in ("top_k", "ulps", "all"):
+    if case.has("top_k", "ulps", "all"):
         rows["top_k"] = rng.integers(0, min(60, case.vocab), case.rows)
-    if case.kind in ("top_p", "all"):
+    if case.has("top_p", "all"):
         rows["top_p"] = rng.choice([0.1, 0.5, 0.9, 0.99, 1.0], case.rows)
-    if case.kind in ("min_p", "all"):
+    if case.has("min_p", "all"):
         rows["min_p"] = rng.choice([0.0, 0.01, 0.2], case.rows)
     if case.kind == "target":
         rows["target"] = rng.integers(0, case.vocab + 1, case.rows)
@@ -116,7 +124,7 @@ def build(case: SampleCase, arch: str, only: int | None = None) -> Climb:
         logprobs,
         slots=torch.from_numpy(state.slots[index]),
         **state.tensors(index),
-        filters=case.kind in ("top_k", "top_p", "ulps", "all"),
+        filters=case.has("top_k", "top_p", "ulps", "all"),
         arch=arch,
     )
     truth = np.array([t for t, _ in expected], np.float64)
@@ -144,7 +152,7 @@ class _State:
     """What slots hold: counts, penalties, bias; and the rows' masks."""
 
     def __init__(self, case: SampleCase, rng: np.random.Generator) -> None:
-        self.kind = case.kind
+        self.has = case.has
         self.slots = rng.permutation(case.rows).astype(np.int32)
         self.counts = rng.integers(0, 3, (case.rows, case.vocab)) * (rng.random((case.rows, case.vocab)) < 0.3)
         self.in_prompt = rng.random((case.rows, case.vocab)) < 0.2
@@ -157,13 +165,13 @@ class _State:
     def tensors(self, index: np.ndarray) -> dict[str, torch.Tensor]:
         """As the launcher takes them."""
         given: dict[str, torch.Tensor] = {}
-        if self.kind in ("penalties", "all"):
+        if self.has("penalties", "all"):
             marked = self.counts + self.in_prompt * PROMPT_BIT
             given["counts"] = torch.from_numpy(marked.astype(np.int32))
             given["penalties"] = torch.from_numpy(self.penalties)
-        if self.kind in ("bias", "all"):
+        if self.has("bias", "all"):
             given["bias"] = torch.from_numpy(self.bias)
-        if self.kind in ("mask", "all"):
+        if self.has("mask", "all"):
             bits = np.zeros((len(index), -(-self.allowed.shape[1] // 32) * 32), np.uint8)
             bits[:, : self.allowed.shape[1]] = self.allowed[index]
             words = np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
@@ -173,14 +181,14 @@ class _State:
     def adjust(self, x: np.ndarray, row: int) -> np.ndarray:
         """Logits of a row in float32, one rounding an operation, as both samplers make them."""
         slot = self.slots[row]
-        if self.kind in ("penalties", "all"):
+        if self.has("bias", "all"):
+            x = x + self.bias[slot]
+        if self.has("penalties", "all"):
             repetition, presence, frequency = self.penalties[slot]
             seen = (self.counts[slot] > 0) | self.in_prompt[slot]
-            x = np.where(seen, np.where(x > 0, x / repetition, x * repetition), x)
-            x = x - np.where(self.counts[slot] > 0, presence, np.float32(0))
-            x = x - frequency * self.counts[slot].astype(np.float32)
-        if self.kind in ("bias", "all"):
-            x = x + self.bias[slot]
+            y = np.where(x > 0, x / repetition, x * repetition)
+            y = y - frequency * self.counts[slot].astype(np.float32)
+            x = np.where(seen, y - np.where(self.counts[slot] > 0, presence, np.float32(0)), x)
         return x.astype(np.float32)
 
 
@@ -197,7 +205,7 @@ def reference_of(
         token = int(np.argmax(z + noise(row, position, case.vocab)))
         x = logits.astype(np.float64)
         return token, float(x[token] - x.max() - np.log(np.exp(x - x.max()).sum()))
-    allowed = state.allowed[index] if case.kind in ("mask", "all") else None
+    allowed = state.allowed[index] if case.has("mask", "all") else None
     sampled = reference.sample(logits, asked, position, allowed, state.adjust(logits, index))
     return sampled.token, sampled.logprob
 

@@ -32,7 +32,7 @@ FLAT = listing(
 
 @pytest.mark.parametrize(
     ("opcode", "operations"),
-    [("HMMA.16816.F32.BF16", 4096), ("IMMA.16832.S8.S8", 8192), ("HGMMA.64X128X16.F32.BF16", 65536)],
+    [("HMMA.16816.F32.BF16", 4096), ("IMMA.16832.S8.S8", 8192), ("HGMMA.64x128x16.F32.BF16", 65536)],
 )
 def test_operations_are_a_warps(opcode: str, operations: int) -> None:
     assert operations_of(opcode) == operations

@@ -20,7 +20,7 @@ from ridgeline.graph.passes import (
     quantize_activations,
     run_passes,
 )
-from ridgeline.graph.target import ALL_FUSIONS, Target, cpu_target
+from ridgeline.graph.target import ALL_FUSIONS, Target, cpu_target, cuda_target
 
 MODELS = {
     "q4_1, head q8_0": (config(), "q4_1", {"embed": "q8_0"}),
@@ -52,6 +52,19 @@ def test_each_fusion_leaves_logits_as_they_were(model):
     for name, run in FUSIONS.items():
         g = run(g)
         assert error(logits_of(g, weights), before) < 1e-6, name  # logits are handed out in float32
+
+
+@pytest.mark.parametrize("hidden", ["bf16", "f16"])
+def test_narrow_activations_cost_only_their_rounding(hidden):
+    weights = random_weights(config(), "q4_1")
+    g = graph(config(), weights, hidden)
+    narrow, reports = run_passes(g, cuda_target(hidden, hidden))
+    assert reports[-1].name == "narrow_activations"
+    wide = [v for n in narrow.nodes for v in n.outputs if v.dtype == "f32"]
+    assert wide == [narrow.outputs["logits"]]
+    assert {v.dtype for n in narrow.nodes for v in n.outputs} == {"f32", hidden, "cache"}
+    lost = error(logits_of(narrow, weights), logits_of(g, weights))
+    assert 0 < lost < (0.1 if hidden == "bf16" else 0.01)
 
 
 @pytest.mark.parametrize("model", MODELS)

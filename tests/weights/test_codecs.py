@@ -7,7 +7,7 @@ import pytest
 
 from ridgeline.core.errors import UnsupportedError
 from ridgeline.core.formats import FORMATS, WeightFormat
-from ridgeline.weights.codecs import dequantize, quantize
+from ridgeline.weights.codecs import codes_of, dequantize, quantize
 
 gguf = pytest.importorskip("gguf")
 
@@ -82,3 +82,20 @@ def test_errors() -> None:
         dequantize(FORMATS["q4_1"], np.zeros(39, np.uint8), (2, 32))
     with pytest.raises(UnsupportedError, match="q9_9"):
         dequantize(WeightFormat("q9_9", "int", 9, 32, 40), np.zeros(40, np.uint8), (32,))
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_1"])
+def test_codes_and_scales_are_what_is_dequantized(name: str) -> None:
+    form = FORMATS[name]
+    data = quantize(form, np.random.default_rng(0).standard_normal((6, 96)))
+    parts = codes_of(form, data, (6, 96))
+
+    def spread(x: np.ndarray) -> np.ndarray:
+        return np.repeat(x.astype(np.float32), form.group, axis=1)
+
+    values = (parts.codes.astype(np.float32) - form.zero) * spread(parts.scales)
+    if parts.minimums is not None:
+        values += spread(parts.minimums)
+    assert np.array_equal(values, dequantize(form, data, (6, 96)))
+    with pytest.raises(UnsupportedError, match="f16 has no codes"):
+        codes_of(FORMATS["f16"], data, (6, 96))

@@ -6,8 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 ARCHS = ("sm_80", "sm_90")
 """What kernels are written for: Ampere (A100) and Hopper (H100)."""
+
+
+TORCH: dict[str, torch.dtype] = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "i32": torch.int32,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+"""The graph's names of dtypes."""
+
+
+Key = tuple[Any, ...]
+"""What a compiled kernel is looked up by (``variants.key``)."""
 
 
 @dataclass(frozen=True)

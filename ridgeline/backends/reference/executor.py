@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ridgeline.backends.reference.cache import PagedCache, StepContext, copy_blocks
-from ridgeline.backends.reference.numerics import Array
+from ridgeline.backends.reference.numerics import Array, rounded
 from ridgeline.backends.reference.ops import run_op
 from ridgeline.backends.reference.sampling import NO_TOKEN, Sampled, sample
 from ridgeline.backends.reference.slots import SlotLog, adjusted
@@ -203,11 +203,18 @@ class ReferenceExecutor:
                 hidden = run_op(node.op, inputs, {**node.attrs, "quantize": None}, self._dtype, context)[-1]
                 if node.outputs[-1].shape[0] != self.graph.inputs["sample_rows"].shape[0]:
                     hidden = hidden[batch.sample_rows]
-            live.update(zip(node.outputs, outputs, strict=True))
+                if node.attrs["quantize"] is None:
+                    hidden = _as_stored(node.outputs[-1], hidden)
+            live.update((v, _as_stored(v, y)) for v, y in zip(node.outputs, outputs, strict=True))
             for value in self._dead_after[step]:
                 live.pop(value, None)
         logits: Array = live[self.graph.outputs["logits"]].astype(np.float32)
         return logits, hidden
+
+
+def _as_stored(value: Value, y: Any) -> Any:
+    """What an operator made, rounded to the dtype its output has."""
+    return rounded(y, value.dtype) if value.dtype in ("bf16", "f16") else y
 
 
 def _dead_after(graph: Graph) -> list[list[Value]]:

@@ -16,6 +16,7 @@ from ridgeline.graph.passes import (
     fuse_silu_mul,
     hoist_row_selection,
     merge_projections,
+    narrow_activations,
     quantize_activations,
 )
 from ridgeline.graph.target import Target
@@ -78,4 +79,6 @@ def run_passes(graph: Graph, target: Target) -> tuple[Graph, list[PassReport]]:
     if "fuse_quantize" in target.fusions:
         apply("fuse_quantize", fuse_quantize.run)
     apply("dead_code", dead_code.run)
+    if target.hidden != "f32":
+        apply("narrow_activations", lambda g: narrow_activations.run(g, target.hidden))
     return graph, reports

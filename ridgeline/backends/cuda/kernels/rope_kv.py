@@ -100,11 +100,11 @@ def rope_kv_kernel(
             tl.store(to + HALF, (b * cosine + a * sine).to(q_out.dtype.element_ty), mask=live)
     else:
         slot = tl.load(token_slots + t).to(tl.int64)
-        block = tl.load(block_tables + slot * table_stride + position // PAGE).to(tl.int64)
+        block = tl.load(block_tables + slot * table_stride + position // PAGE, mask=slot >= 0, other=0).to(tl.int64)
         inner = position % PAGE
         for step in range(0, KV_HEADS, STEP):
             h = step + rows
-            one_live = h < KV_HEADS
+            one_live = (h < KV_HEADS) & (slot >= 0)  # a padding token writes nothing
             live = one_live & inside
             at = block * block_stride + h * head_stride + inner * token_stride + c
             scale_at = block * scale_block_stride + h * scale_head_stride + inner
@@ -139,7 +139,7 @@ def rope_kv(
     Args:
         qkv: [T, (heads + 2 * kv_heads) * head_dim] bf16, fp16 or fp32.
         cos, sin: fp32 [positions, head_dim / 2].
-        positions, token_slots: int32 [T].
+        positions, token_slots: int32 [T]; a token of slot -1 is rotated and not written.
         block_tables: int32 [slots, blocks of a request].
         q_out: [T, heads, head_dim].
         k_cache, v_cache: [blocks, kv_heads, page, head_dim], of equal strides.

@@ -1,6 +1,6 @@
 """Sampling without a full sort: one program reads a row of logits a few times.
 
-Penalties, bias and mask come first; then top-k, top-p and min-p on probabilities after temperature; then the Gumbel
+Bias, penalties and mask come first; then top-k, top-p and min-p on probabilities after temperature; then the Gumbel
 maximum over the survivors. Thresholds are found four bits of the logit's ordered key at a time, by counting (top-k)
 or summing probability (top-p) under each of 16 digits. The noise is that of csrc/cpu/kernels/noise.h to the bit:
 Philox 4x32-10 (Salmon et al., 2011), the same polynomials, every operation rounded by itself.
@@ -86,24 +86,28 @@ def adjusted(
     mask,
     penalties,
     i,
-    V: tl.constexpr,
+    V,
     PENALTIES: tl.constexpr,
     BIAS: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """Logits of tokens ``i`` as they are sampled from; -inf for those masked and past the end."""
+    """Logits of tokens ``i`` as they are sampled from; -inf for those masked and past the end.
+
+    In the CPU's order: bias, then penalties for repetition, frequency and presence, then the mask.
+    """
     live = i < V
     x = tl.load(logits + i, mask=live, other=float("-inf")).to(tl.float32)
+    if BIAS:
+        x = tl.minimum(x + tl.load(bias + i, mask=live, other=0.0), 3.4028234663852886e38)
     if PENALTIES:
         repetition, presence = tl.load(penalties), tl.load(penalties + 1)
         frequency = tl.load(penalties + 2)
         n = tl.load(counts + i, mask=live, other=0)
         output = n & 0x3FFFFFFF
-        x = tl.where(n != 0, tl.where(x > 0.0, tl.div_rn(x, repetition + x * 0.0), x * repetition), x)
-        x = x - tl.where(output > 0, presence, 0.0)
-        x = x - frequency * output.to(tl.float32)
-    if BIAS:
-        x += tl.load(bias + i, mask=live, other=0.0)
+        y = tl.where(x > 0.0, tl.div_rn(x, repetition + x * 0.0), x * repetition)
+        y = y - frequency * output.to(tl.float32)
+        y = y - tl.where(output > 0, presence, 0.0)
+        x = tl.where(n != 0, tl.minimum(y, 3.4028234663852886e38), x)  # what would be infinite is the largest number
     if MASK:
         words = tl.load(mask + i // 32, mask=live, other=0)
         x = tl.where(((words >> (i % 32)) & 1) != 0, x, float("-inf"))
@@ -112,8 +116,8 @@ def adjusted(
 
 @triton.jit
 def ordered(x):
-    """Keys that compare, as unsigned integers, as the numbers do."""
-    bits = x.to(tl.int32, bitcast=True)
+    """Keys that compare, as unsigned integers, as the numbers do; adding 0 makes -0 the 0 that it equals."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
     return (bits ^ (bits >> 31 & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
@@ -127,7 +131,7 @@ def number_of(key):
 @triton.jit
 def threshold(
     logits, counts, bias, mask, penalties, largest, inverse, floor, need,
-    V: tl.constexpr, PENALTIES: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, MASS: tl.constexpr,
+    V, PENALTIES: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, MASS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The key at which tokens, from the largest down, hold ``need``, and what those above it hold.
@@ -166,7 +170,7 @@ def threshold(
 def race(
     logits, counts, bias, mask, penalties, largest, inverse, cut, ties, floor, best,
     seed_low, seed_high, position, sample_index,
-    V: tl.constexpr, PENALTIES: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+    V, PENALTIES: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The Gumbel maximum over tokens above ``cut`` and the first ``ties`` at it, the lower token of equal ones."""
     score = tl.full([1], float("-inf"), tl.float32)
@@ -188,11 +192,11 @@ def race(
     return best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V"])
 def sample_kernel(
     logits, slots, counts, bias, mask, penalties, seeds, positions, sample_indices, temperatures, top_ks, top_ps,
     floors, targets, tokens, logprobs, logits_stride, counts_stride, bias_stride, mask_stride,
-    V: tl.constexpr, PENALTIES: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, FILTERS: tl.constexpr,
+    V, PENALTIES: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, FILTERS: tl.constexpr,
     BLOCK: tl.constexpr, DIGIT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Samples row ``program_id(0)``: every program reads its row a few times, the later ones from the L2 cache."""
@@ -294,12 +298,13 @@ def sample(
         **params,
         "tokens": tokens,
         "logprobs": logprobs,
+        "V": logits.shape[1],
         "logits_stride": logits.stride(0),
         "counts_stride": 0 if counts is None else counts.stride(0),
         "bias_stride": 0 if bias is None else bias.stride(0),
         "mask_stride": 0 if mask is None else mask.stride(0),
     }
-    meta = {**config.meta, **flags, "V": logits.shape[1]}
+    meta = {**config.meta, **flags}
     how = Config(meta, config.num_warps, config.num_stages, config.fuse)
     return [Launch(sample_kernel, (logits.shape[0],), args, how, ("tokens", "logprobs"))]
 

@@ -72,6 +72,18 @@ def compile_launch(launch: Launch, arch: str) -> Binary:
     Raises:
         RidgelineError: it does not compile.
     """
+    kernel, local = compile_kernel(launch, arch)
+    registers = _resources(kernel.asm["cubin"])[0]
+    meta, sass = kernel.metadata, _cuobjdump(kernel.asm["cubin"], "-sass")
+    return Binary(meta.name, arch, meta.num_warps, sass, kernel.asm["ptx"], registers, local, meta.shared)
+
+
+def compile_kernel(launch: Launch, arch: str) -> tuple[Any, int]:
+    """Triton's compiled kernel of a launch, and the bytes of local memory of a thread.
+
+    Raises:
+        RidgelineError: it does not compile.
+    """
     import triton
 
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
@@ -93,9 +105,7 @@ def compile_launch(launch: Launch, arch: str) -> Binary:
         while first.__cause__ is not None:  # an error is wrapped once for every function it passes
             first = first.__cause__
         raise RidgelineError(f"{name} does not compile for {arch} with {dict(config.meta)}: {first}") from error
-    registers, local = _resources(kernel.asm["cubin"])
-    meta, sass = kernel.metadata, _cuobjdump(kernel.asm["cubin"], "-sass")
-    return Binary(meta.name, arch, meta.num_warps, sass, kernel.asm["ptx"], registers, local, meta.shared)
+    return kernel, _resources(kernel.asm["cubin"])[1]
 
 
 def _cuobjdump(cubin: bytes, what: str) -> str:

@@ -14,17 +14,17 @@ from ridgeline.backends.cuda.ladder.memory import Guard
 from ridgeline.backends.cuda.launch import Launch
 
 
-def run(launches: Sequence[Launch], seed: int | None = None) -> None:
+def run(launches: Sequence[Launch], seed: int | None = None) -> int:
     """Runs launches one after another, programs of each in order, or shuffled if ``seed`` is given.
 
     Before a launch its outputs are poisoned (NaN, or all bits set); after it every element of them must have been
-    written. Raises ``KernelFault`` for a bad access.
+    written. Returns the bytes of global memory that all programs asked for, re-reads included; raises ``KernelFault``
+    for a bad access.
     """
-    for launch in launches:
-        _run(launch, np.random.default_rng(seed) if seed is not None else None)
+    return sum(_run(launch, np.random.default_rng(seed) if seed is not None else None) for launch in launches)
 
 
-def _run(launch: Launch, rng: np.random.Generator | None) -> None:
+def _run(launch: Launch, rng: np.random.Generator | None) -> int:
     guard = Guard()
     for name in launch.writes:
         poison(base_of(launch.args[name]))
@@ -53,6 +53,7 @@ def _run(launch: Launch, rng: np.random.Generator | None) -> None:
     finally:
         scope.restore()
     guard.finish([base_of(launch.args[name]) for name in launch.writes])
+    return guard.traffic
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -97,11 +97,16 @@ class Region:
 
 @dataclass
 class Guard:
-    """The memory of one launch."""
+    """The memory of one launch.
+
+    Attributes:
+        traffic: bytes that loads and stores asked for, atomics left out.
+    """
 
     regions: dict[tuple[Any, ...], Region] = field(default_factory=dict)
     program: int = 0
     clock: int = 0
+    traffic: int = 0
     released: dict[int, int] = field(default_factory=dict)
     acquired: dict[int, int] = field(default_factory=dict)
 
@@ -122,6 +127,7 @@ class Guard:
     def load(self, region: Region, addresses: npt.NDArray[np.uint64], item: int) -> None:
         """Checks the addresses of a load's live lanes."""
         offsets = region.elements(addresses, item, "load from")
+        self.traffic += offsets.size * item
         unwritten = ~region.written[offsets]
         if unwritten.any():
             raise KernelFault(f"load from {region.name}: element {int(offsets[unwritten][0])} was never written")
@@ -133,6 +139,7 @@ class Guard:
             raise KernelFault(f"store to {region.name}, which the launch does not list as written")
         offsets = region.elements(addresses, item, "store to")
         if not atomic:
+            self.traffic += offsets.size * item
             if len(np.unique(offsets)) != offsets.size:
                 raise KernelFault(f"store to {region.name}: two lanes write one element")
             self._ordered(region, offsets, "overwritten")

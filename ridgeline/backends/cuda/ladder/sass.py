@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*);")
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*);")
 """Address, a predicate, the instruction: as ``cuobjdump -sass`` prints it."""
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\b")
 
@@ -66,6 +66,36 @@ def class_of(opcode: str) -> str:
     """The class of an instruction."""
     mnemonic = base(opcode)
     return next((name for name, members in CLASSES.items() if mnemonic in members), "integer")
+
+
+def tensor_size(opcode: str) -> tuple[int, int]:
+    """Multiply-adds of a tensor-core instruction, and the warps that run it together: 1, or 4 on Hopper.
+
+    Shapes are written "16816" (16 x 8 x 16) for a warp's and "64x128x16" for a warp group's.
+    """
+    fields = opcode.split(".")[1:]
+    group = next((f for f in fields if f.count("x") == 2), None)
+    if group is not None:
+        m, n, k = map(int, group.split("x"))
+        return m * n * k, 4
+    warp = next((f for f in fields if f.isdigit() and len(f) > 3), "")
+    if not warp.startswith("168"):
+        raise ValueError(f"a tensor-core instruction of unknown shape: {opcode}")
+    return 16 * 8 * int(warp[3:]), 1
+
+
+def shared_bytes(opcode: str) -> int:
+    """Bytes of shared memory that a warp reads or writes by one instruction; 0 for others."""
+    mnemonic, fields = base(opcode), opcode.split(".")[1:]
+    if mnemonic in ("LDSM", "STSM"):
+        return 128 * int(fields[-1]) if fields and fields[-1].isdigit() else 128
+    if mnemonic in ("LDS", "STS"):
+        wide = next((int(f) for f in fields if f in ("64", "128")), 32)
+        narrow = next((int(f[1:]) for f in fields if f in ("U8", "S8", "U16", "S16")), wide)
+        return 4 * narrow  # 32 threads, bits to bytes
+    if mnemonic == "LDGSTS":  # the store half
+        return 4 * next((int(f) for f in fields if f in ("64", "128")), 32)
+    return 0
 
 
 def parse(sass: str) -> Code:

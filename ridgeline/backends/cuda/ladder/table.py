@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 
-from ridgeline.backends.cuda.ladder.card import Card, card_of, predict
+from ridgeline.backends.cuda.ladder.card import Card, Prediction, card_of, predict
 from ridgeline.backends.cuda.ladder.compile import compile_launch, in_process
 from ridgeline.backends.cuda.ladder.sass import base
 from ridgeline.backends.cuda.launch import ARCHS
@@ -27,7 +27,10 @@ COLUMNS = (
     "copies",
     "widths",
     "instructions",
+    "classes",
     "per_tensor",
+    "per_output",
+    "traffic",
     "waves",
     "bound",
     "roofline",
@@ -50,7 +53,10 @@ class Row:
     copies: str
     widths: str
     instructions: str
+    classes: str
     per_tensor: str
+    per_output: str
+    traffic: str
     waves: str
     bound: str
     roofline: str
@@ -71,27 +77,34 @@ def _counted(counter: Counter[str] | Counter[int]) -> str:
     return " ".join(f"{n}x{key}" for key, n in sorted(counter.items(), key=lambda item: str(item[0]))) or "-"
 
 
-def _row(op: str, shape: str, card: Card, waves: float, bound: str, share: float) -> Row:
+def _classes(counter: Counter[str]) -> str:
+    return " ".join(f"{n} {name.replace(' ', '-')}" for name, n in counter.most_common()) or "-"
+
+
+def _row(op: str, card: Card, prediction: Prediction) -> Row:
     tensor: Counter[str] = Counter()
     for opcode, n in card.tensor.items():
         tensor[".".join(opcode.split(".")[:2])] += n
     return Row(
-        op,
-        card.arch,
-        shape,
-        str(card.registers),
-        str(card.local_bytes),
-        str(card.shared_bytes),
-        str(card.num_warps),
-        f"{card.occupancy}/64",
-        _counted(tensor),
-        _counted(card.copies),
-        _counted(card.widths),
-        str(sum(card.classes.values())),
-        f"{card.per_tensor:.1f}",
-        f"{waves:.2f}",
-        bound,
-        f"{100 * share:.0f}%",
+        kernel=op,
+        arch=card.arch,
+        shape=prediction.shape,
+        registers=str(card.registers),
+        spilled=str(card.local_bytes),
+        shared=str(card.shared_bytes),
+        warps=str(card.num_warps),
+        occupancy=f"{card.occupancy}/64",
+        tensor=_counted(tensor),
+        copies=_counted(card.copies),
+        widths=_counted(card.widths),
+        instructions=str(sum(card.classes.values())),
+        classes=_classes(card.classes),
+        per_tensor=f"{card.per_tensor:.1f}",
+        per_output=f"{prediction.per_output:.1f}",
+        traffic=f"{prediction.traffic:.2f}",
+        waves=f"{prediction.waves:.2f}",
+        bound=prediction.bound,
+        roofline=f"{100 * prediction.roofline_share:.0f}%",
     )
 
 
@@ -103,8 +116,7 @@ def rows_of(task: tuple[str, str]) -> list[Row]:
     for shape in module.card_shapes(arch):
         cards = [card_of(compile_launch(launch, arch)) for launch in shape.launches]
         prediction = predict(shape, cards, getattr(module, "KIND", "bf16"))
-        worst = max(cards, key=lambda c: sum(c.loop.values()))
-        rows.append(_row(op, shape.name, worst, prediction.waves, prediction.bound, prediction.roofline_share))
+        rows.append(_row(op, max(cards, key=lambda c: sum(c.loop.classes.values())), prediction))
     return rows
 
 

@@ -1,0 +1,395 @@
+"""Runs a plan on a GPU, or on the emulated device: batches go in on a side stream, graphs run, samples come out.
+
+A step is, on the compute stream: its block of inputs copied to where the graphs read it; changed block-table cells,
+block copies and logit adjustments; the graph of its bucket (tokens fed back on the device, then every operator of the
+plan); sampling; the copy of what was sampled to the host. The next step's inputs travel on another stream meanwhile,
+into another of ``RING`` blocks, so that nothing is written while a step may read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ridgeline.backends.cuda import weights as packed
+from ridgeline.backends.cuda.beside import every_launch_beside, sample_and_settle, update_cache
+from ridgeline.backends.cuda.device import Device, Event, Graph, HostBuffer
+from ridgeline.backends.cuda.kernels import step as kernels
+from ridgeline.backends.cuda.kernels.top_logprobs import top_logprobs
+from ridgeline.backends.cuda.launch import Launch
+from ridgeline.backends.cuda.lowering import Lowering, Sizes
+from ridgeline.backends.cuda.memory import DeviceMemory, Limits
+from ridgeline.backends.cuda.step import Adjustments, Layout, adjustments, encode, held_rows, needs_filters, sizes_of
+from ridgeline.backends.cuda.variants import buckets, key
+from ridgeline.backends.reference.slots import SlotLog
+from ridgeline.core.errors import RidgelineError
+from ridgeline.core.types import POOL, Batch, Float32, StepOutput, Ticket, TokenMasks
+from ridgeline.graph.ir import bound
+from ridgeline.graph.plan import Plan, final_norm
+
+RING = 3
+"""Blocks of inputs and of results: two open steps and the one being written."""
+
+
+@dataclass
+class Bucket:
+    """A size of step.
+
+    Attributes:
+        layout: of its block of inputs.
+        launches: of its graph.
+        graph: these, captured.
+        logits: fp32 [rows, vocabulary], where they are left.
+        hidden: [rows, hidden size], the final norm's; None where the plan has no such norm of sampled rows.
+    """
+
+    layout: Layout
+    launches: list[Launch]
+    graph: Graph
+    logits: torch.Tensor
+    hidden: torch.Tensor | None
+
+
+@dataclass
+class Place:
+    """One of the ring: a step's inputs on their way in, its results on their way out.
+
+    Attributes:
+        inputs, staged: the block, and what varies in length after it, on the host and on the device.
+        results, best: as in ``DeviceMemory``, on the host.
+        done: all of the step; None before the first.
+    """
+
+    inputs: HostBuffer
+    staged: torch.Tensor
+    results: HostBuffer
+    best: HostBuffer
+    done: Event | None = None
+
+
+@dataclass
+class Step:
+    """A step under way.
+
+    Attributes:
+        extras: what varies in length, on the device, by name.
+        logits: a copy for rows under a mask, which are sampled when later steps may have run; None without any.
+        hidden: the final norm's rows, on the host; None where none are pooled.
+    """
+
+    batch: Batch
+    bucket: Bucket
+    place: Place
+    extras: dict[str, torch.Tensor]
+    logits: torch.Tensor | None = None
+    hidden: HostBuffer | None = None
+
+    @property
+    def fields(self) -> dict[str, torch.Tensor]:
+        """Its block on the device, which no other step writes while this one is open."""
+        return self.bucket.layout.tensors(self.place.staged)
+
+
+class CudaExecutor:
+    """The executor contract of ``core.types.Executor`` on GPU kernels; two steps may be open.
+
+    With ``batch_invariant`` the bits of a row depend on neither the rows beside it nor the chunks its prompt came in.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[str, packed.StoredWeight],
+        device: Device,
+        *,
+        num_slots: int,
+        num_blocks: list[int],
+        max_blocks_per_slot: int,
+        batch_invariant: bool = True,
+    ) -> None:
+        """Uploads the weights, allocates everything a step will need, and captures a graph for every bucket.
+
+        Args:
+            plan: compiled for ``cuda_target``.
+            weights: by the names the plan uses.
+            num_slots: requests that may run at once.
+            num_blocks: blocks of each cache group.
+            max_blocks_per_slot: most blocks of one request.
+            batch_invariant: False lets tiles and splits depend on how many rows a product has.
+
+        Raises:
+            UnsupportedError: an operator, format or shape without a kernel.
+            ConfigError: not enough memory.
+            ModelFileError: a weight that holds NaN or infinity, by name.
+        """
+        self.plan, self.device = plan, device
+        self._compute, self._copies = device.stream(), device.stream()
+        limits = Limits.of(plan, num_slots, num_blocks, max_blocks_per_slot)
+        self.memory = DeviceMemory.allocate(plan, weights, device, self._compute, limits, batch_invariant)
+        self._final_norm = final_norm(plan.graph)
+        most = limits.largest
+        self._buckets = [self._capture(sizes) for sizes in buckets(most.tokens, most.requests, most.rows)]
+        self._ring = [self._place() for _ in range(RING)]
+        self._logs: dict[int, SlotLog] = {}
+        self._open: dict[int, Step] = {}
+        self._count = 0
+        self._last: Step | None = None
+        beside = every_launch_beside(plan, self._buckets[-1].layout, self.memory.caches, device.arch)
+        graphs = [launch for bucket in self._buckets for launch in bucket.launches]
+        device.ready({key(launch) for launch in graphs + beside})
+
+    def _capture(self, sizes: Sizes) -> Bucket:
+        layout, memory = Layout(sizes), self.memory
+        step = layout.step_tensors(memory.inputs, memory.token_ids[: sizes.tokens], memory.identity)
+        lowering: Lowering = memory.lowering(step)
+        fields = layout.tensors(memory.inputs)
+        launches = kernels.resolve(
+            fields["fed"], fields["token_slots"], memory.last_tokens, memory.token_ids[: sizes.tokens]
+        )
+        launches += lowering.launches(sizes)
+        normed = None if self._final_norm is None else self._final_norm.outputs[-1]
+        selected = normed is not None and normed.shape[0] == self.plan.inputs["sample_rows"].shape[0]
+        hidden = lowering.view(normed) if normed is not None and selected else None
+        logits = lowering.view(self.plan.outputs["logits"])
+        return Bucket(layout, launches, self._compute.capture(launches), logits, hidden)
+
+    def _place(self) -> Place:
+        size = max(bucket.layout.nbytes for bucket in self._buckets) + (1 << 12)
+        results, best = (self.device.host(t.nbytes) for t in (self.memory.results, self.memory.best))
+        return Place(self.device.host(size), self.device.memory(size), results, best)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the weights on the device."""
+        return sum(weight.nbytes() for weight in self.memory.weights.values())
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of what operators use one after another."""
+        return self.memory.workspace.partials.nbytes + self.memory.workspace.counters.nbytes
+
+    def bucket_of(self, sizes: Sizes) -> Bucket:
+        """The smallest bucket that a step of these sizes fits."""
+        for bucket in self._buckets:
+            of = bucket.layout.sizes
+            if sizes.tokens <= of.tokens and sizes.requests <= of.requests and sizes.rows <= of.rows:
+                if sizes.prefills == of.prefills:
+                    return bucket
+        raise RidgelineError(f"malformed batch: {sizes} is larger than the largest step")
+
+    @property
+    def last_logits(self) -> Float32:
+        """[S, vocab] of the last step, copied from the device."""
+        if self._last is None or not len(self._last.batch.sample_rows):
+            return np.empty((0, bound(self.plan.outputs["logits"].shape[1])), np.float32)
+        rows, logits = len(self._last.batch.sample_rows), self._last.bucket.logits
+        result: Float32 = self._fetch(whole_rows(logits)).view(np.float32)
+        return result[:rows, : logits.shape[1]].copy()
+
+    def _fetch(self, tensor: torch.Tensor) -> Any:
+        """A contiguous tensor's bytes, along its last dimension, once all that is queued is done."""
+        host = self.device.host(tensor.nbytes)
+        self._compute.copy_out(host, tensor)
+        self._compute.record().synchronize()
+        return host.read().reshape(*tensor.shape[:-1], -1)
+
+    def launch(self, batch: Batch) -> Ticket:
+        """Queues a step. Raises RidgelineError when two are open or the batch is larger than the largest step."""
+        if len(self._open) == RING - 1:
+            raise RidgelineError(f"{RING - 1} steps are open: finish one first")
+        bucket = self.bucket_of(sizes_of(batch))
+        self._know_tokens(batch)
+        place = self._ring[self._count % RING]
+        step = Step(batch, bucket, place, self._send(batch, bucket.layout, place))
+        self._compute.launch(self._updates(step.extras))
+        self._compute.replay(bucket.graph)
+        self._sample(step)
+        self._count += 1
+        self._open[self._count] = self._last = step
+        return Ticket(self._count)
+
+    def _know_tokens(self, batch: Batch) -> None:
+        """Keeps the logs of slots that ask for penalties and the like; for these every token must be known."""
+        for start in batch.slot_starts:
+            self._logs.pop(start.slot, None)
+            if not start.asks_nothing:
+                self._logs[start.slot] = SlotLog(start)
+        for b, slot in enumerate(batch.slots.tolist() if self._logs else ()):
+            if slot in self._logs:
+                first, end = batch.query_starts[b], batch.query_starts[b + 1]
+                tokens = batch.token_ids[first:end]
+                if (tokens < 0).any():
+                    sampled = self._fetch(self.memory.last_tokens).view(np.int32)[slot]
+                    tokens = np.where(tokens < 0, sampled, tokens)
+                self._logs[slot].feed(int(batch.positions[first]), tokens)
+
+    def _send(self, batch: Batch, layout: Layout, place: Place) -> dict[str, torch.Tensor]:
+        """Sends a step's block, and what varies in length, to the device; returns the latter's tensors there."""
+        if place.done is not None:
+            place.done.synchronize()
+        adjusted = adjustments(batch, self._logs)
+        parts = _parts(batch, adjusted)
+        total = layout.nbytes + sum(_round_up(part.nbytes) for part in parts.values())
+        if total > len(place.staged):
+            self.device.free(place.staged)
+            place.inputs, place.staged = self.device.host(2 * total), self.device.memory(2 * total)
+        block = place.inputs.write()
+        rows = np.zeros(len(batch.sample_rows), np.int32) if adjusted is None else adjusted.rows
+        encode(batch, layout, block, rows)
+        found, at = {}, layout.nbytes
+        for name, part in parts.items():
+            block[at : at + part.nbytes] = part.view(np.uint8).reshape(-1)
+            dtype = torch.float32 if part.dtype == np.float32 else torch.int32
+            found[name] = place.staged[at : at + part.nbytes].view(dtype).view(part.shape)
+            at += _round_up(part.nbytes)
+        self._copies.copy_in(place.staged[:at], place.inputs)
+        self._compute.wait(self._copies.record())
+        self._compute.copy(self.memory.inputs[: layout.nbytes], place.staged[: layout.nbytes])
+        return found
+
+    def _updates(self, extras: dict[str, torch.Tensor]) -> list[Launch]:
+        """What changes before the operators run."""
+        found: list[Launch] = []
+        for group, cache in enumerate(self.memory.caches):
+            found += update_cache(cache, extras.get(f"updates{group}"), extras.get(f"copies{group}"))
+        return found
+
+    def _sample(self, step: Step) -> None:
+        """Samples every row that waits for no mask, and sends the results home."""
+        logits, sampling = step.bucket.logits, step.batch.sampling
+        if sampling["masked"].any():
+            name = f"logits{self._ring.index(step.place)}"
+            whole = whole_rows(logits)
+            kept = self.memory.grown(name, whole.nbytes, self._compute)[: whole.nbytes].view(whole.dtype)
+            self._compute.copy(kept.view(whole.shape), whole)
+            step.logits = kept.view(whole.shape)[:, : logits.shape[1]]
+        self._queue_sampling(step, "settles", logits, None)
+        if (sampling["num_logprobs"] > 0).any():
+            ids, logprobs = self.memory.best[:, : len(logits)]
+            self._compute.launch(top_logprobs(logits, step.fields["wanted"], ids, logprobs.view(torch.float32)))
+            self._compute.copy_out(step.place.best, self.memory.best)
+        if (sampling["target"] == POOL).any():
+            if step.bucket.hidden is None:
+                raise RidgelineError("this plan has no final norm whose rows could be pooled")
+            rows = whole_rows(step.bucket.hidden)
+            step.hidden = self.device.host(rows.nbytes)
+            self._compute.copy_out(step.hidden, rows)
+        self._send_home(step)
+
+    def _send_home(self, step: Step) -> None:
+        self._compute.copy_out(step.place.results, self.memory.results)
+        step.place.done = self._compute.record()
+
+    def _queue_sampling(self, step: Step, settles: str, logits: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Samples every row of ``logits``; settles the requests that the field ``settles`` names."""
+        memory, adjusted = self.memory, None
+        if "penalties" in step.extras:
+            penalties = step.extras["penalties"]
+            adjusted = (*memory.adjusted(len(penalties), self._compute), penalties)
+            self._compute.launch(kernels.adjust(step.extras["cells"], *adjusted[:2]))
+        results = memory.results[:, : step.bucket.layout.sizes.rows]
+        filters, arch = needs_filters(step.batch), self.device.arch
+        sampled = sample_and_settle(
+            step.fields, settles, logits, results, memory.last_tokens, adjusted, mask, filters, arch
+        )
+        self._compute.launch(sampled)
+
+    def _wait(self, step: Step) -> npt.NDArray[np.int32]:
+        """A step's results: int32 [3, rows]."""
+        assert step.place.done is not None
+        step.place.done.synchronize()
+        words = step.place.results.read().view(np.int32).reshape(3, -1)
+        return words[:, : len(step.batch.sample_rows)].copy()
+
+    def finish(self, ticket: Ticket, masks: TokenMasks | None = None) -> StepOutput:
+        """Waits for a step; samples its flagged rows under ``masks``.
+
+        Raises RidgelineError for a ticket that is not open, or masks that do not match the flagged rows.
+        """
+        step = self._open.get(ticket.number)
+        if step is None:
+            raise RidgelineError(f"ticket {ticket.number} is not open: finish each ticket exactly once")
+        flagged = np.flatnonzero(step.batch.sampling["masked"])
+        given = 0 if masks is None else len(masks.bits)
+        if given != len(flagged):
+            raise RidgelineError(f"{len(flagged)} rows wait for a token mask, got {given}")
+        if masks is not None and not masks.bits.any(axis=1).all():
+            raise RidgelineError("the token mask allows no token")
+        del self._open[ticket.number]
+        results = self._wait(step)
+        if masks is not None and given:
+            results = self._sample_masked(step, masks, flagged, results)
+        return self._output(step, results)
+
+    def _sample_masked(
+        self, step: Step, masks: TokenMasks, flagged: Any, first: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.int32]:
+        """The step's results with its flagged rows sampled, on the logits it left."""
+        rows, width = step.bucket.layout.sizes.rows, masks.bits.shape[1]
+        host = self.device.host(4 * rows * width)
+        allowed = host.write().view(np.uint32).reshape(rows, width)
+        allowed[:] = 0xFFFFFFFF
+        allowed[flagged] = masks.bits
+        there = self.memory.grown("masks", 4 * rows * width, self._compute)[: 4 * rows * width]
+        self._compute.copy_in(there, host)
+        assert step.logits is not None
+        self._queue_sampling(step, "settles_masked", step.logits, there.view(torch.int32).view(rows, width))
+        self._send_home(step)
+        second = self._wait(step)
+        second[1] = np.where(held_rows(step.batch), second[1], first[1])
+        return second
+
+    def _output(self, step: Step, results: npt.NDArray[np.int32]) -> StepOutput:
+        sampling = step.batch.sampling
+        tokens, accepted = results[0], results[1]
+        tokens[sampling["target"] == POOL] = -1
+        logprobs = np.where(sampling["num_logprobs"] < 0, np.float32("nan"), results[2].view(np.float32))
+        logprobs[tokens < 0] = np.nan
+        hidden = self._hidden(step, sampling["target"] == POOL)
+        return StepOutput(tokens, accepted, logprobs, *self._best(step, tokens), hidden)
+
+    def _best(self, step: Step, tokens: Any) -> tuple[Any, Any]:
+        """The most likely tokens of each row and their log probabilities, as wide as the row that asked for most."""
+        wanted = np.minimum(step.batch.sampling["num_logprobs"], step.bucket.logits.shape[1])
+        wanted = np.where((step.batch.sampling["target"] == POOL) | (tokens < 0), 0, np.maximum(wanted, 0))
+        width = int(wanted.max(initial=0))
+        ids, logprobs = np.full((len(wanted), width), -1, np.int32), np.full((len(wanted), width), np.nan, np.float32)
+        if width:
+            words = step.place.best.read().view(np.int32).reshape(self.memory.best.shape)[:, : len(wanted), :width]
+            listed = np.arange(width) < wanted[:, None]
+            ids[listed], logprobs[listed] = words[0][listed], words[1].view(np.float32)[listed]
+        return ids, logprobs
+
+    def _hidden(self, step: Step, pooled: Any) -> Float32:
+        if step.hidden is None or step.bucket.hidden is None:
+            return np.zeros((0, 0), np.float32)
+        tensor = step.bucket.hidden
+        rows = torch.from_numpy(step.hidden.read()).view(tensor.dtype).view(len(tensor), -1)[:, : tensor.shape[1]]
+        result: Float32 = rows.float().numpy()[: len(pooled)][pooled]
+        return result
+
+
+def whole_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's rows with what pads them: contiguous."""
+    return tensor.as_strided((len(tensor), tensor.stride(0)), (tensor.stride(0), 1))
+
+
+def _parts(batch: Batch, adjusted: Adjustments | None) -> dict[str, npt.NDArray[Any]]:
+    """What varies in length from step to step, by name."""
+    parts: dict[str, npt.NDArray[Any]] = {}
+    for name, groups in (("updates", batch.block_updates), ("copies", batch.block_copies)):
+        for group, cells in enumerate(groups):
+            if len(cells):
+                parts[f"{name}{group}"] = np.ascontiguousarray(cells)
+    if adjusted is not None:
+        parts |= {"cells": adjusted.cells, "penalties": adjusted.penalties}
+    return parts
+
+
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // 16) * 16

@@ -1,0 +1,23 @@
+"""Plans of a model that is described and not loaded."""
+
+from __future__ import annotations
+
+from ridgeline.core.config import EngineConfig
+from ridgeline.graph.plan import Plan, compile
+from ridgeline.graph.target import cuda_target
+from ridgeline.models.description import Description
+
+
+def hidden_dtype(formats: set[str]) -> str:
+    """What a GPU keeps activations in: fp16 for matrices all in fp16, else bf16, which holds the range of any."""
+    return "f16" if formats == {"f16"} else "bf16"
+
+
+def plan_for_cuda(model: Description, config: EngineConfig) -> tuple[Plan, int]:
+    """The plan that the cuda backend would run, and the longest sequence in tokens."""
+    kv_dtype = "bf16" if config.kv_dtype == "auto" else config.kv_dtype
+    graph = model.graph(config.max_num_batched_tokens, config.sampled_rows(), kv_dtype, config.block_size)
+    matrices = {model.formats[name].name for name, entry in model.entries.items() if len(entry.shape) == 2}
+    plan = compile(graph, cuda_target(kv_dtype, hidden_dtype(matrices)))
+    length = config.model_len(model.config.context_length)
+    return plan, -(-length // config.block_size) * config.block_size

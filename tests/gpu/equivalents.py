@@ -1,0 +1,70 @@
+# ruff: noqa: E501 (keys are source text)
+"""Mutants of GPU kernels that change nothing which can be seen, each with the reason.
+
+The key is (operator, function, changed text, new text), so that it holds while lines move.
+"""
+
+from __future__ import annotations
+
+Key = tuple[str, str, str, str]
+
+REASONS: dict[str, list[Key]] = {
+    "a product's factors change places, and a * b = b * a exactly": [
+        ("attention_decode", "fold", "add(l_all, before, l, now)", "add(before, l_all, l, now)"),
+        (
+            "attention_decode",
+            "fold",
+            "add(o_all, before[:, None], o, tl.broadcast_to(now[:, None], o.shape))",
+            "add(o_all, before[:, None], tl.broadcast_to(now[:, None], o.shape), o)",
+        ),
+        (
+            "attention_prefill",
+            "attend",
+            "tl.fma(1.0 / (tl.exp2(s * cap_scale) + 1.0), -2.0, 1.0)",
+            "tl.fma(-2.0, 1.0 / (tl.exp2(s * cap_scale) + 1.0), 1.0)",
+        ),
+    ],
+    "what a masked lane holds is selected away, or reaches no element that is stored": [
+        (
+            "attention_prefill",
+            "find_tile",
+            "tl.load(query_starts + b, mask=b < requests, other=0)",
+            "tl.load(query_starts + b, mask=b < requests)",
+        ),
+        (
+            "linear_int8",
+            "linear_int8_kernel",
+            "tl.load(x_scale + rows, mask=rows < M, other=0.0)",
+            "tl.load(x_scale + rows, mask=rows < M)",
+        ),
+        (
+            "linear_int8",
+            "linear_int8_kernel",
+            "tl.load(w_scale + columns, mask=columns < N, other=0.0)",
+            "tl.load(w_scale + columns, mask=columns < N)",
+        ),
+        (
+            "linear_fp8",
+            "linear_fp8_kernel",
+            "tl.load(w_scale + columns, mask=columns < N, other=0.0)",
+            "tl.load(w_scale + columns, mask=columns < N)",
+        ),
+    ],
+    "a second part of a head that is not there is computed from the first and stored nowhere": [
+        ("attention_prefill", "merge", "V2 > 0", "V2 >= 0"),
+        ("attention_decode", "decode_kernel", "0 in D2 > 0", "1"),
+    ],
+    "a hint to the compiler": [
+        ("attention_prefill", "prefill_kernel", "True in volatile=True", "False"),
+        (
+            "linear",
+            "linear_kernel",
+            "accumulate(x, w, row, column, first, last, M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K)",
+        ),
+    ],
+    "counters + tile = tile + counters": [
+        ("linear", "linear_kernel", "arrive(counters, tile, SPLIT)", "arrive(tile, counters, SPLIT)"),
+    ],
+}
+
+EQUIVALENT: frozenset[Key] = frozenset(key for keys in REASONS.values() for key in keys)
