@@ -206,10 +206,10 @@ def markdown(results: list[Measured]) -> str:
             pairs.setdefault((m.operator, m.arch, m.who), []).append(m)
     for (operator, arch, who), them in pairs.items():
         both = [(ours[m.operator, m.arch, m.rows], m) for m in them]
-        cells = [
-            ", ".join(_cell(field, us, other) for us, other in both)
-            for field in ("instructions", "shared_per_output", "share")
-        ]
+        cells = []
+        for field in ("instructions", "shared_per_output", "share"):
+            texts = [_cell(field, us, other) for us, other in both]
+            cells.append(texts[0] if len(set(texts)) == 1 else ", ".join(texts))
         lines.append(f"| {operator} | {arch} | {who} | {', '.join(str(m.rows) for m in them)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
