@@ -85,7 +85,7 @@ def rope_kv_kernel(
     c = tl.arange(0, HALF_BLOCK)[None, :]
     inside = c < HALF
     rows = tl.arange(0, STEP)[:, None]
-    angles = position * HALF + c + rows * 0
+    angles = position * HALF + tl.broadcast_to(c, STEP, HALF_BLOCK)
     cosine = tl.load(cos + angles, mask=inside)
     sine = tl.load(sin + angles, mask=inside)
     row = qkv + t * qkv_stride
