@@ -1,0 +1,56 @@
+"""What ``bench/gpu_field.py`` counts, on machine code written by hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+
+from gpu_count import Runs, issued, operations_of, skips  # noqa: E402
+
+
+def listing(*instructions: str) -> str:
+    """As cuobjdump prints it, 16 bytes each."""
+    return "\n".join(f"        /*{16 * i:04x}*/    {text} ;" for i, text in enumerate(instructions))
+
+
+FLAT = listing(
+    "MOV R1, R2",
+    "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+    "@P0 BRA 0x50",
+    "STG.E.128 [R2.64], R4",
+    "STG.E.128 [R2.64+0x10], R4",
+    "IADD3 R1, R1, 0x1, RZ",
+    "@P1 BRA 0x10",
+    "EXIT",
+)
+"""A loop over tiles and K together: the stores of a tile's end are jumped over in every other step."""
+
+
+@pytest.mark.parametrize(
+    ("opcode", "operations"),
+    [("HMMA.16816.F32.BF16", 4096), ("IMMA.16832.S8.S8", 8192), ("HGMMA.64x128x16.F32.BF16", 65536)],
+)
+def test_operations_are_a_warps(opcode: str, operations: int) -> None:
+    assert operations_of(opcode) == operations
+
+
+def test_a_loop_runs_until_its_products_are_done() -> None:
+    steps, warps, tiles = 10, 4, 3
+    runs = Runs(tiles, operations=4096.0 * steps * warps * tiles)
+    assert skips(FLAT) == [(2, 5)]
+    # Four instructions a step; MOV, two stores and EXIT once a tile.
+    assert issued(FLAT, warps, runs) == warps * tiles * (4 * steps + 4)
+
+
+def test_what_follows_the_arrival_is_the_last_parts_alone() -> None:
+    code = listing("MOV R1, R2", "ATOMG.E.ADD R3, [R2.64], R1", "LDG.E R4, [R2.64]", "STG.E [R2.64], R4", "EXIT")
+    assert issued(code, 2, Runs(8, parts=4)) == 2 * 8 * (2 + 3 / 4)
+
+
+def test_ways_that_part_for_good_are_weighed() -> None:
+    code = listing("MOV R1, R2", "@P0 BRA 0x40", "STG.E [R2.64], R4", "EXIT", "MOV R1, R3", "MOV R2, R3", "EXIT")
+    assert issued(code, 1, Runs(10, branch=0.8)) == pytest.approx(10 * (2 + 0.8 * 2 + 0.2 * 3))
