@@ -183,7 +183,7 @@ def rope_tile(launch: Launch, _: int) -> tuple[float, float]:
 
 def ours_of(name: str) -> Calls:
     """The card's launches of a product."""
-    return lambda arch, rows: next(s.launches for s in op(name).card_shapes(arch) if s.name == f"qkv M={rows}")
+    return lambda arch, rows: next(s.launches for s in op(name).card_shapes(arch) if s.name.endswith(f"qkv M={rows}"))
 
 
 def our_fp8_row(arch: str, rows: int) -> list[Launch]:
@@ -379,7 +379,7 @@ def operators() -> list[Operator]:
             Peer("vLLM scaled_mm", lambda a, m: vllm_scaled(m, fp8), sizes),), 1.0, 1.0, "fp8"),
         _product("FP8 product, blocks", ours_of("linear_fp8"), (
             Peer("vLLM block", lambda a, m: vllm_block(m), sizes),), 1.0, 1.0, "fp8"),
-        _product("4-bit product", ours_of("linear_int4"), (
+        _product("4-bit product", ours_of("linear_quantized"), (
             Peer("vLLM w4a16", lambda a, m: vllm_w4a16(m), product_tile(*QKV, "BLOCK_M", "BLOCK_N")),
             Peer("vLLM AWQ", lambda a, m: vllm_awq(m), sizes)), 0.5, 2.0),
         *attention(),

@@ -139,17 +139,20 @@ class Epilogue:
         return found
 
 
-def pick(table: tuple[Tile, ...], m: int, regular: bool, roomy: bool = False) -> Tile:
-    """The first tile of a table that serves ``m`` rows.
+def pick(table: tuple[Tile, ...], m: int, regular: bool, out: torch.Tensor, roomy: bool = False) -> Tile:
+    """The first tile of a table that serves ``m`` rows, or one that single addresses leave registers for.
 
     Args:
         regular: rows begin where wide copies can. If not, every element is loaded by itself, and the registers that
             takes leave room for small tiles only: the first of the table, over more warps.
+        out: of which, where its rows do not line up, every element is stored by itself.
         roomy: or the second.
     """
-    if regular:
-        return next(tile for tile in table if m <= tile.rows)
-    return replace(table[1 if roomy and m > table[0].rows else 0], num_warps=8, num_stages=2, per_sm=1)
+    if not regular:
+        return replace(table[1 if roomy and m > table[0].rows else 0], num_warps=8, num_stages=2, per_sm=1)
+    if out.stride(0) % 16 and m > table[0].rows:
+        return replace(table[1], block_n=64, num_warps=8, per_sm=1)
+    return next(tile for tile in table if m <= tile.rows)
 
 
 def regular(x: torch.Tensor, w: torch.Tensor, k: int, arch: str) -> bool:

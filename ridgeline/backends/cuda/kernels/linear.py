@@ -27,26 +27,27 @@ from ridgeline.backends.cuda.gemm import (
 )
 from ridgeline.backends.cuda.launch import CardShape, Launch
 
-BLOCK_K = 64
-"""Values of K in a step, for every tile: 128 bytes, the widest swizzle of shared memory."""
+BLOCK_K = {"sm_80": 64, "sm_90": 128}
+"""Values of K in a step, for every tile of an architecture: what fits thrice in an A100's shared memory, and half the
+loop's own instructions on an H100."""
 
 CONFIGS: dict[str, tuple[Tile, ...]] = {
     "sm_80": (
-        Tile(16, 16, 64, BLOCK_K, num_warps=4, num_stages=5, per_sm=3),
-        Tile(64, 64, 64, BLOCK_K, num_warps=4, num_stages=4, per_sm=2),
-        Tile(MANY, 128, 128, BLOCK_K, num_warps=8, num_stages=3, per_sm=1),
+        Tile(16, 16, 64, BLOCK_K["sm_80"], num_warps=4, num_stages=5, per_sm=3),
+        Tile(64, 64, 64, BLOCK_K["sm_80"], num_warps=4, num_stages=4, per_sm=2),
+        Tile(MANY, 128, 128, BLOCK_K["sm_80"], num_warps=8, num_stages=3, per_sm=1),
     ),
     "sm_90": (
-        Tile(16, 16, 64, BLOCK_K, num_warps=4, num_stages=6, per_sm=3, swap=True),
-        Tile(64, 64, 64, BLOCK_K, num_warps=4, num_stages=5, per_sm=2),
-        Tile(MANY, 128, 128, BLOCK_K, num_warps=8, num_stages=5, per_sm=1),
+        Tile(16, 16, 64, BLOCK_K["sm_90"], num_warps=4, num_stages=3, per_sm=3, swap=True),
+        Tile(64, 64, 128, BLOCK_K["sm_90"], num_warps=4, num_stages=2, per_sm=2),
+        Tile(MANY, 128, 128, BLOCK_K["sm_90"], num_warps=8, num_stages=2, per_sm=1),
     ),
 }
 """Configurations by architecture, by rows."""
 
 WIDE: dict[str, Tile] = {
-    "sm_80": Tile(MANY, 128, 256, BLOCK_K, num_warps=8, num_stages=3, per_sm=1),
-    "sm_90": Tile(MANY, 128, 256, BLOCK_K, num_warps=8, num_stages=4, per_sm=1),
+    "sm_80": Tile(MANY, 128, 256, BLOCK_K["sm_80"], num_warps=8, num_stages=3, per_sm=1),
+    "sm_90": Tile(MANY, 128, 256, BLOCK_K["sm_90"], num_warps=8, num_stages=2, per_sm=1),
 }
 """For many rows where K is not split: no second accumulator, so that a tile may be twice as wide."""
 
@@ -119,7 +120,7 @@ def linear_kernel(
 
 def split_of(n: int, k: int) -> int:
     """Parts along K of a product with an [n, k] weight."""
-    return gemm.split_k(n, k, BLOCK_K)
+    return gemm.split_k(n, k, max(BLOCK_K.values()))
 
 
 def linear_scratch(m: int, n: int, k: int) -> Scratch:
@@ -127,8 +128,8 @@ def linear_scratch(m: int, n: int, k: int) -> Scratch:
     return gemm.scratch(m, n, split_of(n, k))
 
 
-def _tile(arch: str, m: int, split: int, regular: bool) -> Tile:
-    tile = gemm.pick(CONFIGS[arch], m, regular, roomy=True)
+def _tile(arch: str, m: int, split: int, regular: bool, out: torch.Tensor) -> Tile:
+    tile = gemm.pick(CONFIGS[arch], m, regular, out, roomy=True)
     return WIDE[arch] if regular and tile.rows == MANY and split == 1 else tile
 
 
@@ -157,9 +158,9 @@ def linear(
     gemm.check(x, w, out, after)
     split = split_of(n, k) if batch_invariant or m <= gemm.MOST_SPLIT_ROWS else 1
     regular = gemm.regular(x, w, k, arch)
-    tile, tma = _tile(arch, m, split, regular), regular and arch == "sm_90"
+    tile, tma = _tile(arch, m, split, regular, out), regular and arch == "sm_90"
     args = gemm.operands(x, w, tile, tma)
-    meta = {"TMA": tma, "EVEN_K": k % BLOCK_K == 0, "SILU_MUL": after.silu_mul}
+    meta = {"TMA": tma, "EVEN_K": k % tile.block_k == 0, "SILU_MUL": after.silu_mul}
     product = Product(linear_kernel, arch, m, n, k, tile, split)
     return [product.launch({**args, **after.args()}, out, workspace, counters, **meta)]
 

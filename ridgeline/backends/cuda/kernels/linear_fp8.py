@@ -54,8 +54,8 @@ CONFIGS: dict[str, tuple[Tile, ...]] = {
     ),
     "sm_90": (
         Tile(16, 16, 64, BLOCK, num_warps=4, num_stages=6, per_sm=3, swap=True),
-        Tile(64, 64, 64, BLOCK, num_warps=4, num_stages=5, per_sm=2),
-        Tile(MANY, 128, 128, BLOCK, num_warps=8, num_stages=5, per_sm=1),
+        Tile(64, 64, 128, BLOCK, num_warps=4, num_stages=2, per_sm=2),
+        Tile(MANY, 128, 128, BLOCK, num_warps=8, num_stages=3, per_sm=1),
     ),
 }
 """Configurations by architecture, by rows."""
@@ -266,7 +266,7 @@ def linear_fp8(
     if decode:
         x, w = x.view(torch.uint8), w.view(torch.uint8)
     regular = gemm.regular(x, w, k, arch)
-    tile, tma = gemm.pick(CONFIGS[arch], m, regular), regular and arch == "sm_90"
+    tile, tma = gemm.pick(CONFIGS[arch], m, regular, out), regular and arch == "sm_90"
     split = split_of(n, k) if batch_invariant or m <= gemm.MOST_SPLIT_ROWS else 1
     args = gemm.operands(x, w, tile, tma)
     args |= {"x_scale": x_scale, "w_scale": w_scale, **after.args()}

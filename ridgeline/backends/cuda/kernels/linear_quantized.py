@@ -55,12 +55,12 @@ CONFIGS: dict[str, tuple[Tile, ...]] = {
     "sm_80": (
         Tile(16, 16, 64, 64, num_warps=8, num_stages=5, per_sm=2, swap=True),
         Tile(64, 64, 64, 64, num_warps=4, num_stages=4, per_sm=2, swap=True),
-        Tile(MANY, 128, 128, 64, num_warps=8, num_stages=3, per_sm=1, swap=True),
+        Tile(MANY, 128, 128, 64, num_warps=8, num_stages=2, per_sm=1, swap=True),
     ),
     "sm_90": (
         Tile(16, 16, 64, 64, num_warps=4, num_stages=6, per_sm=3, swap=True),
-        Tile(64, 64, 64, 64, num_warps=4, num_stages=5, per_sm=2, swap=True),
-        Tile(MANY, 128, 128, 64, num_warps=8, num_stages=4, per_sm=1, swap=True),
+        Tile(64, 64, 128, 64, num_warps=4, num_stages=3, per_sm=2, swap=True),
+        Tile(MANY, 128, 128, 64, num_warps=8, num_stages=2, per_sm=1, swap=True),
     ),
 }
 """Configurations by architecture, by rows; block_k is H, half a step of K."""
@@ -292,13 +292,8 @@ def linear_quantized(
 
 
 def _tile(arch: str, m: int, half: int, regular: bool, out: torch.Tensor) -> Tile:
-    """The tile for ``m`` rows; smaller, or over other warps, where addresses of single elements take registers."""
-    tile = replace(gemm.pick(CONFIGS[arch], m, regular), block_k=half)
-    if not regular:
-        return replace(tile, num_warps=4)
-    if out.stride(0) % 16 and m > CONFIGS[arch][1].rows:
-        return replace(CONFIGS[arch][1], block_k=half, num_warps=8)
-    return tile
+    tile = replace(gemm.pick(CONFIGS[arch], m, regular, out), block_k=half)
+    return tile if regular else replace(tile, num_warps=4)
 
 
 def _check(
