@@ -1,7 +1,7 @@
 """Attention over a paged cache: the cases of tests/cases.py and those only GPU kernels have (windows, caps, pages).
 
 The cache is filled directly: the write of keys and values, and rope, are another operator's. What no request owns, and
-what lies in a request's last page after its context, is NaN.
+what lies in a request's last page after its context, is NaN or infinite, in scales too.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class PagedCase:
         requests: (tokens in the cache before the step, tokens of the step) of each.
         page: tokens of a page.
         window, soft_cap: as the launchers take them.
+        cache: "": of ``dtype``; "int8" or "fp8".
         scale_up: factor on queries: large ones make the softmax sharp.
     """
 
@@ -46,6 +47,7 @@ class PagedCase:
     window: int | None = None
     soft_cap: float | None = None
     scale_up: float = 1.0
+    cache: str = ""
     seed: int = field(default=0)
 
     @property
@@ -57,6 +59,7 @@ class PagedCase:
         extra += f"-window{self.window}" if self.window else ""
         extra += f"-cap{self.soft_cap:g}" if self.soft_cap else ""
         extra += f"-up{self.scale_up:g}" if self.scale_up != 1 else ""
+        extra += f"-{self.cache}" if self.cache else ""
         return f"{self.op}-{self.heads}x{self.kv_heads}x{self.head_dim}-{self.dtype}-{work}{more}{extra}"
 
 
@@ -92,6 +95,9 @@ def _own() -> list[PagedCase]:
         cases.append(PagedCase(op, 4, 2, 32, "f16", mixed, window=70, soft_cap=5.0, scale_up=4.0))
         cases.append(PagedCase(op, 8, 1, 32, "bf16", ((0, 0), (250, 13), (0, 0), (3, 1))))
         cases.append(PagedCase(op, 5, 1, 32, "bf16", ((40, 30), (699, 1))))
+        for cache in ("int8", "fp8"):
+            cases.append(PagedCase(op, 4, 2, 32, "bf16", ((0, 3), (254, 2)), 32, cache=cache))
+            cases.append(PagedCase(op, 2, 2, 48, "f16", ((270, 3),), 8, 40, 5.0, 2.0, cache=cache))
     return cases
 
 
@@ -125,7 +131,31 @@ def numbers(case: PagedCase) -> tuple[list[np.ndarray], list[np.ndarray], list[n
     rows = [[rng.standard_normal((n, h, dim)).astype(np.float32) for n in lengths] for h in heads]
     rows[0] = [x * np.float32(case.scale_up) for x in rows[0]]
     q, k, v = ([_round(x, case.dtype) for x in some] for some in rows)
+    if case.cache:
+        k, v = ([quantized(x, case, which)[2] for x in some] for which, some in enumerate((k, v)))
     return q, k, v
+
+
+TENSOR_SCALES = (0.5, 0.03125)
+"""Of fp8 caches: powers of two, so that the numbers that codes stand for are quantized to the same codes again."""
+
+
+def quantized(x: np.ndarray, case: PagedCase, which: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """[tokens, heads, dim] as rope_kv keeps it: codes, scales [tokens, heads], the numbers that they stand for."""
+    if case.cache == "fp8":
+        codes = torch.from_numpy(x / np.float32(TENSOR_SCALES[which])).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return codes, np.zeros(x.shape[:2], np.float32), codes.to(torch.float32).numpy() * TENSOR_SCALES[which]
+    scales = np.abs(x).max(axis=2) / np.float32(127)
+    codes = torch.from_numpy(np.rint(x / np.maximum(scales, 1e-30)[..., None])).to(torch.int8)
+    return codes, scales, codes.to(torch.float32).numpy() * scales[..., None]
+
+
+def poison(shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor:
+    """What no one may see: NaN and infinities of both signs, or the largest codes."""
+    if not kind.is_floating_point:
+        return torch.full(shape, -128, dtype=kind)
+    values = torch.tensor([float("nan"), float("inf"), float("-inf")])
+    return values.repeat(-(-int(np.prod(shape)) // 3))[: int(np.prod(shape))].reshape(shape).to(kind)
 
 
 def _round(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -144,15 +174,21 @@ def step_of(case: PagedCase, data: tuple[list[np.ndarray], list[np.ndarray], lis
     order = rng.permutation(slots * width + 3)
     tables = np.full((slots, width), -1, np.int32)  # what is not in use is no block
     owners = rng.permutation(slots)[: len(lengths)].astype(np.int32)
-    caches = [torch.full((len(order), case.kv_heads, page, case.head_dim), float("nan"), dtype=kind) for _ in (k, v)]
+    stored = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(case.cache, kind)
+    caches = [poison((len(order), case.kv_heads, page, case.head_dim), stored) for _ in (k, v)]
+    scales = [poison((len(order), case.kv_heads, page), torch.float32) for _ in (k, v)]
     for i, slot in enumerate(owners):
         blocks = -(-int(lengths[i]) // page)
         tables[slot, :blocks] = order[i * width : i * width + blocks]
         at = np.arange(lengths[i])
-        for cache, x in zip(caches, (k[i], v[i]), strict=True):
-            cache[torch.from_numpy(tables[slot][at // page]).long(), :, torch.from_numpy(at % page)] = torch.from_numpy(
-                x
-            ).to(kind)
+        place = torch.from_numpy(tables[slot][at // page]).long(), slice(None), torch.from_numpy(at % page)
+        for which, x in enumerate((k[i], v[i])):
+            if case.cache:
+                codes, factors, _ = quantized(x, case, which)
+                caches[which].view(torch.uint8)[place] = codes.view(torch.uint8)
+                scales[which][place] = torch.from_numpy(factors)
+            else:
+                caches[which][place] = torch.from_numpy(x).to(kind)
     queries = [x[len(x) - n :] for x, n in zip(q, new, strict=True)]
     padded = torch.full((sum(new), case.heads + 1, case.head_dim), float("nan"), dtype=kind)  # strides matter
     padded[:, : case.heads] = torch.from_numpy(np.concatenate(queries)).to(kind)
@@ -169,6 +205,10 @@ def step_of(case: PagedCase, data: tuple[list[np.ndarray], list[np.ndarray], lis
         "window": case.window,
         "soft_cap": case.soft_cap,
     }
+    if case.cache == "int8":
+        args["scales"] = (scales[0], scales[1])
+    if case.cache == "fp8":
+        args["tensor_scales"] = TENSOR_SCALES
     return Step(case, queries, k, v, args)
 
 

@@ -13,6 +13,7 @@ from tests.gpu.attention_cases import KERNELS, PagedCase, launches_of, numbers, 
 
 Data = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]
 WHOLE = PagedCase("attention_prefill", 6, 2, 64, "bf16", ((0, 531),), scale_up=2.0)
+SHORT = PagedCase("attention_prefill", 2, 1, 32, "bf16", ((0, 300),), scale_up=2.0)
 
 
 def bits(case: PagedCase, data: Data, arch: str = "sm_90", seed: int | None = None) -> np.ndarray:
@@ -43,6 +44,17 @@ def test_pieces_and_kernels(arch: str, window: int | None) -> None:
         for start, end in cuts:
             part = replace(case, op=op, requests=((start, end - start),))
             np.testing.assert_array_equal(bits(part, piece(data, start, end), arch), whole[start:end])
+
+
+@pytest.mark.parametrize("cache", ["int8", "fp8"])
+def test_pieces_over_8_bits(cache: str) -> None:
+    """The same over a quantized cache, whose codes are the same in every piece."""
+    case = replace(SHORT, cache=cache)
+    data = numbers(case)
+    whole = bits(case, data)
+    for op, start, end in (("attention_prefill", 5, 280), ("attention_decode", 250, 262), ("attention_decode", 299, 300)):
+        part = replace(case, op=op, requests=((start, end - start),))
+        np.testing.assert_array_equal(bits(part, piece(data, start, end)), whole[start:end])
 
 
 @pytest.mark.parametrize("op", KERNELS)

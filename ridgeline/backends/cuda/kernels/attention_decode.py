@@ -45,6 +45,7 @@ def fold(
     chunks,
     to,
     live,
+    v_scale,
     column,
     WIDTH: tl.constexpr,
     V: tl.constexpr,
@@ -64,7 +65,7 @@ def fold(
         m_all, before, now = weights_of(m_all, m)
         l_all = add(l_all, before, l, now)
         o_all = add(o_all, before[:, None], o, tl.broadcast_to(now[:, None], o.shape))
-    result = o_all * (1.0 / l_all)[:, None]
+    result = o_all * (v_scale / l_all)[:, None]
     tl.store(to[:, None] + at, result.to(to.dtype.element_ty), mask=live[:, None])
 
 
@@ -73,6 +74,8 @@ def decode_kernel(
     q,
     k_cache,
     v_cache,
+    k_scales,
+    v_scales,
     block_tables,
     slots,
     query_starts,
@@ -93,8 +96,11 @@ def decode_kernel(
     block_stride,
     head_stride,
     token_stride,
+    scale_stride,
+    scale_head_stride,
     scale,
     cap_scale,
+    v_scale,
     window,
     GROUP: tl.constexpr,
     D1: tl.constexpr,
@@ -104,6 +110,7 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    KIND: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):
@@ -140,14 +147,15 @@ def decode_kernel(
     o2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
     k_head = k_cache + kv_head.to(tl.int64) * head_stride
     v_head = v_cache + kv_head.to(tl.int64) * head_stride
+    k_scales, v_scales = k_scales + kv_head * scale_head_stride, v_scales + kv_head * scale_head_stride
     table = block_tables + tl.load(slots + request).to(tl.int64) * table_stride
     for step in range(0, tl.cdiv(chunks - split, splits) * STEPS):  # one loop, so that loads run ahead over chunks
         chunk = split + step // STEPS * splits
         start = (first_chunk + chunk) * CHUNK + step % STEPS * BLOCK_N
         m, l, o1, o2 = attend(
-            q1, q2, k_head, v_head, table, start, low, high, cached + token, m, l, o1, o2,
-            block_stride, token_stride, scale, cap_scale, window,
-            D1, D2, D1, D2, PAGE, BLOCK_N, HAS_WINDOW, HAS_CAP,
+            q1, q2, k_head, v_head, k_scales, v_scales, table, start, low, high, cached + token, m, l, o1, o2,
+            block_stride, token_stride, scale_stride, scale, cap_scale, window,
+            D1, D2, D1, D2, PAGE, BLOCK_N, KIND, HAS_WINDOW, HAS_CAP,
         )  # fmt: skip
         if (step + 1) % STEPS == 0:
             entry = entries + chunk
@@ -168,9 +176,9 @@ def decode_kernel(
             entry = (at * (tl.num_programs(1) * GROUP) + of) * max_chunks
             to = out + at * out_stride + of * out_head_stride
             alive = row < tokens * GROUP
-            fold(partials, stats, entry, chunks, to, alive, 0, D1 + D2, D1, MERGE_ROWS)
+            fold(partials, stats, entry, chunks, to, alive, v_scale, 0, D1 + D2, D1, MERGE_ROWS)
             if D2 > 0:
-                fold(partials, stats, entry, chunks, to, alive, D1, D1 + D2, D2, MERGE_ROWS)
+                fold(partials, stats, entry, chunks, to, alive, v_scale, D1, D1 + D2, D2, MERGE_ROWS)
 
 
 def workspace(
@@ -203,13 +211,16 @@ def attention_decode(
     max_context: int,
     window: int | None = None,
     soft_cap: float | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    tensor_scales: tuple[float, float] = (1.0, 1.0),
     up_to: int | None = None,
     arch: str = "sm_90",
 ) -> list[Launch]:
     """Causal attention of each request's last tokens over its context, as ``attention_prefill`` with the same bits.
 
     Args:
-        q, k_cache, v_cache, block_tables, slots, query_starts, context_lens, out, scale, window, soft_cap: as there.
+        q, k_cache, v_cache, block_tables, slots, query_starts, context_lens, out, scale, window, soft_cap, scales,
+            tensor_scales: as there.
         partials, stats, counters: the shapes that ``workspace`` gives, or larger; counters all 0.
         max_context: no context_lens is above it.
         up_to: requests of more tokens than that in this step are left to the prefill kernel.
@@ -225,7 +236,7 @@ def attention_decode(
         if tensor.numel() < torch.Size(least).numel() or not tensor.is_contiguous():
             raise ValueError(f"attention_decode: a workspace of {tuple(tensor.shape)}, {least} needed")
     tables = (block_tables, slots, query_starts, context_lens)
-    args, meta = common_args(q, k_cache, v_cache, tables, out, scale, window, soft_cap)
+    args, meta = common_args(q, k_cache, v_cache, tables, out, scale, window, soft_cap, scales, tensor_scales)
     rows, _, warps, stages = shape.decode
     count = tiles(tokens, requests, heads // kv_heads, rows)
     chunks = cdiv(max_context, CHUNK)
