@@ -34,6 +34,8 @@ class PagedCase:
         page: tokens of a page.
         window, soft_cap: as the launchers take them.
         cache: "": of ``dtype``; "int8" or "fp8".
+        split: requests of more tokens than that are the prefill kernel's, the others the decode kernel's; 0: all
+            are those of ``op``.
         scale_up: factor on queries: large ones make the softmax sharp.
     """
 
@@ -48,6 +50,7 @@ class PagedCase:
     soft_cap: float | None = None
     scale_up: float = 1.0
     cache: str = ""
+    split: int = 0
     seed: int = field(default=0)
 
     @property
@@ -60,6 +63,7 @@ class PagedCase:
         extra += f"-cap{self.soft_cap:g}" if self.soft_cap else ""
         extra += f"-up{self.scale_up:g}" if self.scale_up != 1 else ""
         extra += f"-{self.cache}" if self.cache else ""
+        extra += f"-split{self.split}" if self.split else ""
         return f"{self.op}-{self.heads}x{self.kv_heads}x{self.head_dim}-{self.dtype}-{work}{more}{extra}"
 
 
@@ -101,12 +105,13 @@ def _own() -> list[PagedCase]:
     return cases
 
 
-CASES: list[PagedCase] = [*_shared(), *_own()]
+MIXED = PagedCase("attention_decode", 4, 2, 32, "bf16", ((0, 4), (255, 1), (0, 0), (250, 40), (3, 5)), split=4)
+CASES: list[PagedCase] = [*_shared(), *_own(), MIXED]
 
 
-def kernels_of(case: PagedCase) -> tuple[str]:
-    """The kernel file that a case runs."""
-    return (case.op,)
+def kernels_of(case: PagedCase) -> tuple[str, ...]:
+    """The kernel files that a case runs."""
+    return KERNELS if case.split else (case.op,)
 
 
 KERNELS_OF = kernels_of
@@ -215,13 +220,16 @@ def step_of(case: PagedCase, data: tuple[list[np.ndarray], list[np.ndarray], lis
 def launches_of(step: Step, arch: str) -> list[Any]:
     """The launches of a step, with a workspace of NaN where the kernel needs one."""
     c, args = step.case, step.args
+    prefill = attention_prefill(**args, longer_than=c.split, arch=arch)
     if c.op == "attention_prefill":
-        return attention_prefill(**args, arch=arch)
+        return prefill
     most = int(args["context_lens"].max())
     sizes = workspace(len(args["q"]), len(c.requests), c.heads, c.kv_heads, c.head_dim, most, arch)
     partials, stats = (torch.full(size, float("nan")) for size in sizes[:2])
     counters = torch.zeros(sizes[2], dtype=torch.int32)
-    return attention_decode(**args, partials=partials, stats=stats, counters=counters, max_context=most, arch=arch)
+    scratch = {"partials": partials, "stats": stats, "counters": counters, "max_context": most}
+    decode = attention_decode(**args, **scratch, up_to=c.split or None, arch=arch)
+    return prefill + decode if c.split else decode
 
 
 def attend(
@@ -261,8 +269,8 @@ def build(case: PagedCase, arch: str) -> Climb:
     step = step_of(case)
     launches = launches_of(step, arch)
     expected = [expected_of(step)]
-    if "counters" in launches[0].args:
-        counters = launches[0].args["counters"]
+    if "counters" in launches[-1].args:
+        counters = launches[-1].args["counters"]
         zeros = np.zeros(counters.shape)
         expected.append(Expected(counters, zeros, zeros.astype(np.float32), exact=True))
     return Climb(launches, tuple(expected))

@@ -11,6 +11,8 @@ that wgmma takes: 64 operations a byte, a fifth of what the tensor cores do in t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +21,15 @@ import triton.language as tl
 
 from ridgeline.backends.cuda.kernels.attention_prefill import (
     CHUNK,
+    PLAIN,
     add,
     attend,
+    cache_bytes,
     common_args,
     find_tile,
+    key_bytes,
     meta_tensors,
+    seen_by,
     shape_of,
     tiles,
     weights_of,
@@ -243,22 +249,40 @@ def attention_decode(
     splits = max(1, min(chunks, cdiv(PROGRAMS[arch], count * kv_heads)))
     args |= {"partials": partials, "stats": stats, "counters": counters, "max_chunks": chunks, "splits": splits}
     args["up_to"] = (1 << 30) if up_to is None else up_to
-    meta |= {"BLOCK_M": rows, "BLOCK_N": shape.keys, "MERGE_ROWS": MERGE_ROWS}
+    meta |= {"BLOCK_M": rows, "BLOCK_N": shape.keys[meta["KIND"] != PLAIN], "MERGE_ROWS": MERGE_ROWS}
     written, updated = (("out",), ()) if up_to is None else ((), ("out",))
     updated = (*updated, "partials", "stats", "counters")
     return [Launch(decode_kernel, (count, kv_heads, splits), args, Config(meta, warps, stages), written, updated)]
 
 
+def traffic(launch: Launch, requests: Sequence[tuple[int, int]]) -> int:
+    """Bytes that the programs' loads and stores ask for, as in ``attention_prefill``; the atomic is not counted."""
+    meta, args = launch.config.meta, launch.args
+    item, dim = args["q"].element_size(), meta["D1"] + meta["D2"]
+    total = math.prod(launch.grid) * (4 * len(requests) + 12)
+    for cached, new in (r for r in requests if r[1] <= args["up_to"]):
+        for rows, low, high in seen_by(launch, cached, new):
+            chunks = cdiv(high, CHUNK) - low // CHUNK
+            once = launch.grid[2] * 4 + min(launch.grid[2], chunks) * (4 + rows * item * dim)
+            written = rows * chunks * (8 + 4 * dim)
+            folded = written + rows * (item * dim + chunks * 8 * (meta["D2"] > 0))
+            total += launch.grid[1] * (once + (high - low) * key_bytes(launch, dim) + written + folded + 4)
+    return total
+
+
 def card_shapes(arch: str) -> list[CardShape]:
-    """One new token of 1 and of 64 requests at a context of 4,096 in an 8B Llama, and other head sizes."""
+    """One new token of 1 and of 64 requests at a context of 4,096 in an 8B Llama, other head sizes and caches."""
     shapes, context = [], 4096
-    for requests, dim in ((1, 128), (64, 128), (64, 64), (64, 256)):
-        tensors: dict[str, Any] = meta_tensors(requests, 1, context, dim)
+    plain = ((1, 128, ""), (64, 128, ""), (64, 64, ""), (64, 256, ""))
+    for requests, dim, cache in (*plain, *((m, 128, cache) for cache in ("int8", "fp8") for m in (1, 64))):
+        tensors: dict[str, Any] = meta_tensors(requests, 1, context, dim, cache)
         sizes = workspace(requests, requests, 32, 8, dim, context, arch)
         for name, size in zip(("partials", "stats", "counters"), sizes, strict=True):
             kind = torch.int32 if name == "counters" else torch.float32
             tensors[name] = torch.empty(size, dtype=kind, device="meta")
         launches = attention_decode(**tensors, scale=dim**-0.5, max_context=context, arch=arch)
-        moved = requests * (context * 2 * 8 * dim * 2 + 2 * 32 * dim * 2)
-        shapes.append(CardShape(f"M={requests} D={dim}", launches, 4.0 * requests * 32 * dim * context, moved))
+        moved = requests * (context * cache_bytes(dim, cache) + 2 * 32 * dim * 2)
+        work, name = 4.0 * requests * 32 * dim * context, f"M={requests} D={dim} {cache}".strip()
+        asked = traffic(launches[0], [(context - 1, 1)] * requests)
+        shapes.append(CardShape(name, launches, work, moved, asked))
     return shapes

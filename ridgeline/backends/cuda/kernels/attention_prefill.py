@@ -26,6 +26,7 @@ Caches of 8 bits become the queries' type in registers, without rounding, by int
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,26 +48,26 @@ class Shape:
     """How a head size is computed.
 
     Attributes:
-        keys: BLOCK_N, of both kernels.
+        keys: BLOCK_N, of both kernels, over a cache of the queries' type, and over one of 8 bits.
         prefill, decode: (BLOCK_M, parts that the value columns are split into over programs, warps, stages).
     """
 
-    keys: int
+    keys: tuple[int, int]
     prefill: tuple[int, int, int, int]
     decode: tuple[int, int, int, int]
 
 
 SHAPES: dict[str, dict[int, Shape]] = {
     "sm_80": {
-        64: Shape(64, (128, 1, 8, 3), (16, 1, 4, 3)),
-        128: Shape(64, (128, 1, 8, 3), (16, 1, 4, 3)),
-        256: Shape(32, (128, 2, 8, 3), (16, 1, 4, 3)),
+        64: Shape((64, 64), (128, 1, 8, 3), (16, 1, 4, 3)),
+        128: Shape((64, 64), (128, 1, 8, 3), (16, 1, 4, 3)),
+        256: Shape((32, 32), (128, 2, 8, 3), (16, 1, 4, 3)),
     },
     "sm_90": {
-        64: Shape(64, (128, 1, 8, 3), (64, 1, 4, 3)),
-        128: Shape(64, (128, 1, 8, 3), (64, 1, 4, 3)),
-        192: Shape(64, (128, 2, 8, 3), (64, 1, 8, 2)),  # a third stage spills beside a soft-cap
-        256: Shape(64, (128, 2, 8, 3), (64, 1, 8, 3)),
+        64: Shape((64, 64), (128, 1, 8, 3), (64, 1, 4, 3)),
+        128: Shape((64, 32), (128, 1, 8, 3), (64, 1, 4, 3)),  # 64 keys spill over int8
+        192: Shape((64, 64), (128, 2, 8, 3), (64, 1, 8, 2)),  # a third stage spills beside a soft-cap
+        256: Shape((64, 32), (128, 2, 8, 3), (64, 1, 8, 3)),
     },
 }
 """Architecture -> largest head size -> how. Two accumulators, of the chunk and of all before it, must fit the registers
@@ -108,41 +109,16 @@ def operand(codes, KIND: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def attend(
-    q1,
-    q2,
-    k_head,
-    v_head,
-    k_scales,
-    v_scales,
-    table,
-    start,
-    low,
-    high,
-    positions,
-    m,
-    l,
-    o1,
-    o2,
-    block_stride,
-    token_stride,
-    scale_stride,
-    scale,
-    cap_scale,
-    window,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    V1: tl.constexpr,
-    V2: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    KIND: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-):
+    q1, q2, k_head, v_head, k_scales, v_scales, table, start, low, high, positions, m, l, o1, o2,
+    block_stride, token_stride, scale_stride, scale, cap_scale, window,
+    D1: tl.constexpr, D2: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr, KIND: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
     """Takes keys [start, start + BLOCK_N) into a partial.
 
     q1 [M, D1], q2 [M, D2]: the two parts of a head; positions [M]; [low, high): what any row sees; k_scales,
-    v_scales: of the head, a block's scale_stride apart; m, l [M] and o1 [M, V1], o2 [M, V2]: the partial. Scores are in base 2: scale holds log2(e).
+    v_scales: of the head, a block's scale_stride apart; m, l [M] and o1 [M, V1], o2 [M, V2]: the partial. Scores are
+    in base 2: scale holds log2(e).
     """
     keys = start + tl.arange(0, BLOCK_N)
     seen = (keys >= low) & (keys < high)
@@ -301,24 +277,24 @@ def prefill_kernel(
 
 
 def parts(size: int) -> tuple[int, int]:
-    """A size as the sum of two powers of two of at least 16, or one and 0: nothing is padded.
-
-    Raises:
-        ValueError: it is no such sum.
-    """
+    """A size as a power of two and a smaller one or 0: nothing is padded."""
     large = 1 << (size.bit_length() - 1)
-    small = size - large
-    if size < 16 or small & (small - 1) or 0 < small < 16:
-        raise ValueError(f"attention: a head size of {size} is not the sum of two powers of two from 16 up")
-    return large, small
+    return large, size - large
+
+
+HEAD_SIZES = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256)
+"""Up to 256: powers of two from 16 and sums of two of them, whose halves are such too where values are split."""
 
 
 def shape_of(head_dim: int, arch: str) -> Shape:
-    """How a head size is computed; raises ValueError above 256."""
-    for largest, shape in SHAPES[arch].items():
-        if head_dim <= largest:
-            return shape
-    raise ValueError(f"attention: a head size of {head_dim}, at most 256")
+    """How a head size is computed.
+
+    Raises:
+        ValueError: it is none of HEAD_SIZES: a model would have to pad its heads with zeros.
+    """
+    if head_dim not in HEAD_SIZES:
+        raise ValueError(f"attention: a head size of {head_dim}; supported are {', '.join(map(str, HEAD_SIZES))}")
+    return next(shape for largest, shape in SHAPES[arch].items() if head_dim <= largest)
 
 
 def common_args(
@@ -436,7 +412,7 @@ def attention_prefill(
     args, meta = common_args(q, k_cache, v_cache, tables, out, scale, window, soft_cap, scales, tensor_scales)
     rows, splits, warps, stages = shape.prefill
     v1, v2 = parts(q.shape[2] // splits)
-    meta |= {"V1": v1, "V2": v2, "BLOCK_M": rows, "BLOCK_N": shape.keys}
+    meta |= {"V1": v1, "V2": v2, "BLOCK_M": rows, "BLOCK_N": shape.keys[meta["KIND"] != PLAIN]}
     args["longer_than"] = longer_than
     grid = (tiles(q.shape[0], slots.shape[0], meta["GROUP"], rows), k_cache.shape[1], splits)
     written = ("out",) if longer_than == 0 else ()
@@ -444,17 +420,52 @@ def attention_prefill(
     return [Launch(prefill_kernel, grid, args, Config(meta, warps, stages), written, updated)]
 
 
-def meta_tensors(requests: int, tokens: int, context: int, head_dim: int = 128) -> dict[str, Any]:
-    """Arguments of an 8B Llama's layer (32 heads, 8 KV heads) in bf16, on the meta device."""
+def seen_by(launch: Launch, cached: int, new: int) -> list[tuple[int, int, int]]:
+    """Of each tile of a request's rows: how many there are, and [low, high) of what they see, as in the kernels."""
+    meta, tiles_of = launch.config.meta, []
+    rows, group = meta["BLOCK_M"], meta["GROUP"]
+    for start in range(0, new * group, rows):
+        high = cached + min((start + rows - 1) // group, new - 1) + 1
+        low = max(cached + start // group - launch.args["window"] + 1, 0) if meta["HAS_WINDOW"] else 0
+        tiles_of.append((min(rows, new * group - start), low, high))
+    return tiles_of
+
+
+def key_bytes(launch: Launch, columns: int) -> int:
+    """What a program loads for a key: its block, the key, ``columns`` of the value, the scales of int8."""
+    meta = launch.config.meta
+    return 4 + launch.args["k_cache"].element_size() * (meta["D1"] + meta["D2"] + columns) + 8 * (meta["KIND"] == INT8)
+
+
+def traffic(launch: Launch, requests: Sequence[tuple[int, int]]) -> int:
+    """Bytes that the programs' loads and stores ask for; ``requests``: (cached, new) tokens of each."""
+    meta, item = launch.config.meta, launch.args["q"].element_size()
+    columns = meta["V1"] + meta["V2"]
+    total = math.prod(launch.grid) * (4 * len(requests) + 12)  # every program finds its tile
+    for cached, new in (r for r in requests if r[1] > launch.args["longer_than"]):
+        for rows, low, high in seen_by(launch, cached, new):
+            once = 12 + rows * item * (meta["D1"] + meta["D2"] + columns)
+            total += launch.grid[1] * launch.grid[2] * (once + (high - low) * key_bytes(launch, columns))
+    return total
+
+
+CACHES = {"": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""Types of caches on the cards."""
+
+
+def meta_tensors(requests: int, tokens: int, context: int, head_dim: int = 128, cache: str = "") -> dict[str, Any]:
+    """Arguments of an 8B Llama's layer (32 heads, 8 KV heads) in bf16, on the meta device; ``cache``: of CACHES."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    kind, blocks = torch.bfloat16, context // 16
-    return {
+    kind, blocks, scales = torch.bfloat16, context // 16, {}
+    if cache == "int8":
+        scales["scales"] = tuple(empty(requests * blocks, 8, 16, dtype=torch.float32) for _ in range(2))
+    return scales | {
         "q": empty(requests * tokens, 32, head_dim, dtype=kind),
-        "k_cache": empty(requests * blocks, 8, 16, head_dim, dtype=kind),
-        "v_cache": empty(requests * blocks, 8, 16, head_dim, dtype=kind),
+        "k_cache": empty(requests * blocks, 8, 16, head_dim, dtype=CACHES[cache]),
+        "v_cache": empty(requests * blocks, 8, 16, head_dim, dtype=CACHES[cache]),
         "block_tables": empty(256, blocks),
         "slots": empty(requests),
         "query_starts": empty(requests + 1),
@@ -463,11 +474,17 @@ def meta_tensors(requests: int, tokens: int, context: int, head_dim: int = 128) 
     }
 
 
+def cache_bytes(head_dim: int, cache: str) -> int:
+    """Bytes of a token's keys and values, and scales, on the cards."""
+    return 2 * 8 * (head_dim * CACHES[cache].itemsize + 4 * (cache == "int8"))
+
+
 def card_shapes(arch: str) -> list[CardShape]:
-    """A prompt of 4,096 tokens in an 8B Llama, and the same with other head sizes."""
+    """A prompt of 4,096 tokens in an 8B Llama, and the same with other head sizes and caches."""
     shapes, tokens = [], 4096
-    for dim in (128, 64, 256):
-        launches = attention_prefill(**meta_tensors(1, tokens, tokens, dim), scale=dim**-0.5, arch=arch)
-        moved = tokens * 2 * (2 * 32 + 2 * 8) * dim
-        shapes.append(CardShape(f"T={tokens} D={dim}", launches, 4.0 * 32 * dim * tokens * (tokens + 1) / 2, moved))
+    for dim, cache in ((128, ""), (64, ""), (256, ""), (128, "int8"), (128, "fp8")):
+        launches = attention_prefill(**meta_tensors(1, tokens, tokens, dim, cache), scale=dim**-0.5, arch=arch)
+        moved = tokens * (2 * 2 * 32 * dim + cache_bytes(dim, cache))
+        work, name = 4.0 * 32 * dim * tokens * (tokens + 1) / 2, f"T={tokens} D={dim} {cache}".strip()
+        shapes.append(CardShape(name, launches, work, moved, traffic(launches[0], [(0, tokens)])))
     return shapes
