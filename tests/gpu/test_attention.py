@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ridgeline.backends.cuda.kernels import attention_decode, attention_prefill, rope_kv, sample
+from ridgeline.backends.cuda.kernels import attention_decode, attention_prefill, rope_kv, sample, top_logprobs
 from ridgeline.backends.cuda.ladder.interpret import run
 from ridgeline.backends.cuda.ladder.memory import Guard
 from ridgeline.backends.cuda.launch import Launch
@@ -159,3 +159,9 @@ def test_traffic_of_sampling(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     (launch,) = sample_cases.build(sample_cases.SampleCase(2100, kind, rows=2), "sm_90").launches
     filters = [(int(k) > 0, float(p) < 1) for k, p in zip(launch.args["top_ks"], launch.args["top_ps"], strict=True)]
     assert asked(launch, monkeypatch) == sample.traffic(launch, filters)
+
+
+def test_traffic_of_top_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = sample_cases.TopCase(700, 9, rows=3)
+    (launch,) = sample_cases.build(case, "sm_90").launches
+    assert asked(launch, monkeypatch) == top_logprobs.traffic(launch, [9, 0, 7])

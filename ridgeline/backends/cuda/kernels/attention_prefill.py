@@ -433,8 +433,9 @@ def seen_by(launch: Launch, cached: int, new: int) -> list[tuple[int, int, int]]
 
 def key_bytes(launch: Launch, columns: int) -> int:
     """What a program loads for a key: its block, the key, ``columns`` of the value, the scales of int8."""
-    meta = launch.config.meta
-    return 4 + launch.args["k_cache"].element_size() * (meta["D1"] + meta["D2"] + columns) + 8 * (meta["KIND"] == INT8)
+    meta, item = launch.config.meta, launch.args["k_cache"].element_size()
+    asked: int = 4 + item * (meta["D1"] + meta["D2"] + columns) + 8 * (meta["KIND"] == INT8)
+    return asked
 
 
 def traffic(launch: Launch, requests: Sequence[tuple[int, int]]) -> int:

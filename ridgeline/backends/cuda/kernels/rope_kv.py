@@ -201,12 +201,14 @@ def _strides(
 def traffic(launch: Launch) -> int:
     """Bytes that the programs' loads and stores ask for: each program of a token reads its angles."""
     meta, args = launch.config.meta, launch.args
-    dim, stored, kv = 2 * meta["HALF"], args["k_cache"].element_size(), 2 * meta["KV_HEADS"]
+    dim, kv = 2 * meta["HALF"], 2 * meta["KV_HEADS"]
+    stored: int = args["k_cache"].element_size()
     angles = launch.grid[1] * (4 + 4 * dim)
     rotated = meta["Q_HEADS"] * dim * args["q_out"].element_size()
     written = kv * (dim * stored + 4 * (meta["KIND"] == INT8))
     read = (meta["Q_HEADS"] + kv) * dim * args["qkv"].element_size() + 8
-    return launch.grid[0] * (angles + read + rotated + written)
+    asked: int = launch.grid[0] * (angles + read + rotated + written)
+    return asked
 
 
 def card_shapes(arch: str) -> list[CardShape]:

@@ -113,8 +113,8 @@ def adjusted(
 
 @triton.jit
 def ordered(x):
-    """Keys that compare, as unsigned integers, as the numbers do."""
-    bits = x.to(tl.int32, bitcast=True)
+    """Keys that compare, as unsigned integers, as the numbers do: both zeros have one."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return (bits ^ (bits >> 31 & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
