@@ -124,10 +124,9 @@ def card_shapes(arch: str) -> list[CardShape]:
     """Twenty tokens of the vocabulary of an 8B Llama."""
     shapes, vocab, k = [], 128256, 20
     for rows in (1, 64):
-        ints = {"dtype": torch.int32, "device": "meta"}
         logits, logprobs = (torch.empty(rows, n, device="meta") for n in (vocab, k))
-        given = (torch.empty(rows, **ints), torch.empty(rows, **ints), torch.empty(rows, k, **ints))
-        launches = top_logprobs(logits, *given, logprobs, arch=arch)
+        tokens, ks, ids = (torch.empty(rows, n, dtype=torch.int32, device="meta") for n in (1, 1, k))
+        launches = top_logprobs(logits, tokens[:, 0], ks[:, 0], ids, logprobs, arch=arch)
         moved = rows * (4.0 * vocab + 8 * k)
         shapes.append(
             CardShape(f"k={k} M={rows}", launches, 300.0 * rows * vocab, moved, traffic(launches[0], [k] * rows))
