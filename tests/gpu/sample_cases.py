@@ -65,7 +65,7 @@ class TopCase:
         return f"{self.op}-{self.rows}x{self.vocab}-k{self.k}-levels{self.levels}-{kind}"
 
 
-TOP_CASES = [TopCase(40, 5), TopCase(300, 20, 3), TopCase(5, 8), TopCase(1, 1, rows=1), TopCase(2049, 64, rows=1)]
+TOP_CASES = [TopCase(40, 5), TopCase(300, 20, 3), TopCase(5, 8), TopCase(1, 1, rows=1), TopCase(2500, 64, rows=1)]
 TOP_CASES += [TopCase(600, 33, rows=1, dtype=torch.bfloat16), TopCase(100, 3, 1, dtype=torch.float16)]
 
 
