@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ class PagedCase:
         cache: "": of ``dtype``; "int8" or "fp8".
         split: requests of more tokens than that are the prefill kernel's, the others the decode kernel's; 0: all
             are those of ``op``.
+        splits: programs that share a request's chunks in the decode kernel; 0: as the launcher says.
         scale_up: factor on queries: large ones make the softmax sharp.
     """
 
@@ -51,6 +52,7 @@ class PagedCase:
     scale_up: float = 1.0
     cache: str = ""
     split: int = 0
+    splits: int = 0
     seed: int = field(default=0)
 
     @property
@@ -64,6 +66,7 @@ class PagedCase:
         extra += f"-up{self.scale_up:g}" if self.scale_up != 1 else ""
         extra += f"-{self.cache}" if self.cache else ""
         extra += f"-split{self.split}" if self.split else ""
+        extra += f"-splits{self.splits}" if self.splits else ""
         return f"{self.op}-{self.heads}x{self.kv_heads}x{self.head_dim}-{self.dtype}-{work}{more}{extra}"
 
 
@@ -106,7 +109,11 @@ def _own() -> list[PagedCase]:
 
 
 MIXED = PagedCase("attention_decode", 4, 2, 32, "bf16", ((0, 4), (255, 1), (0, 0), (250, 40), (3, 5)), split=4)
-CASES: list[PagedCase] = [*_shared(), *_own(), MIXED]
+SPLITS = [
+    PagedCase("attention_decode", 2, 1, 48, "bf16", ((600, 1), (0, 2)), splits=1),
+    PagedCase("attention_decode", 2, 2, 32, "f16", ((690, 2),), window=400, splits=2),
+]
+CASES: list[PagedCase] = [*_shared(), *_own(), MIXED, *SPLITS]
 
 
 def kernels_of(case: PagedCase) -> tuple[str, ...]:
@@ -194,6 +201,8 @@ def step_of(case: PagedCase, data: tuple[list[np.ndarray], list[np.ndarray], lis
                 scales[which][place] = torch.from_numpy(factors)
             else:
                 caches[which][place] = torch.from_numpy(x).to(kind)
+        if case.window:  # blocks before the window may have been given to others
+            tables[slot, : max(case.requests[i][0] - case.window + 1, 0) // page] = -1
     queries = [x[len(x) - n :] for x, n in zip(q, new, strict=True)]
     padded = torch.full((sum(new), case.heads + 1, case.head_dim), float("nan"), dtype=kind)  # strides matter
     padded[:, : case.heads] = torch.from_numpy(np.concatenate(queries)).to(kind)
@@ -229,6 +238,9 @@ def launches_of(step: Step, arch: str) -> list[Any]:
     counters = torch.zeros(sizes[2], dtype=torch.int32)
     scratch = {"partials": partials, "stats": stats, "counters": counters, "max_context": most}
     decode = attention_decode(**args, **scratch, up_to=c.split or None, arch=arch)
+    if c.splits:
+        args = {**decode[0].args, "splits": c.splits}
+        decode = [replace(decode[0], grid=(*decode[0].grid[:2], c.splits), args=args)]
     return prefill + decode if c.split else decode
 
 

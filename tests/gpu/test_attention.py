@@ -14,7 +14,7 @@ from ridgeline.backends.cuda.ladder.interpret import run
 from ridgeline.backends.cuda.ladder.memory import Guard
 from ridgeline.backends.cuda.launch import Launch
 from tests.gpu import row_cases, sample_cases
-from tests.gpu.attention_cases import KERNELS, MIXED, PagedCase, launches_of, numbers, step_of
+from tests.gpu.attention_cases import KERNELS, MIXED, SPLITS, PagedCase, launches_of, numbers, step_of
 
 Data = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]
 WHOLE = PagedCase("attention_prefill", 6, 2, 64, "bf16", ((0, 531),), scale_up=2.0)
@@ -105,6 +105,13 @@ def test_a_mixed_batch() -> None:
     both = bits(MIXED, numbers(MIXED))
     for op in KERNELS:
         np.testing.assert_array_equal(bits(replace(MIXED, op=op, split=0), numbers(MIXED)), both)
+
+
+@pytest.mark.parametrize("case", SPLITS, ids=[c.name for c in SPLITS])
+def test_how_many_share_the_chunks(case: PagedCase) -> None:
+    """One program, two or one for each chunk: the same bits."""
+    data = numbers(case)
+    np.testing.assert_array_equal(bits(case, data), bits(replace(case, splits=0), data))
 
 
 @pytest.mark.parametrize("dim", [8, 40, 72, 112, 144, 224, 320])
