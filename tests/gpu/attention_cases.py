@@ -34,8 +34,8 @@ class PagedCase:
         page: tokens of a page.
         window, soft_cap: as the launchers take them.
         cache: "": of ``dtype``; "int8" or "fp8".
-        split: requests of more tokens than that are the prefill kernel's, the others the decode kernel's; 0: all
-            are those of ``op``.
+        split: requests of more tokens than that are the prefill kernel's, the others the decode kernel's if ``op`` is
+            that, or no one's and stay 0; 0: all are those of ``op``.
         splits: programs that share a request's chunks in the decode kernel; 0: as the launcher says.
         scale_up: factor on queries: large ones make the softmax sharp.
     """
@@ -113,12 +113,12 @@ SPLITS = [
     PagedCase("attention_decode", 2, 1, 48, "bf16", ((600, 1), (0, 2)), splits=1),
     PagedCase("attention_decode", 2, 2, 32, "f16", ((690, 2),), window=400, splits=2),
 ]
-CASES: list[PagedCase] = [*_shared(), *_own(), MIXED, *SPLITS]
+CASES: list[PagedCase] = [*_shared(), *_own(), MIXED, replace(MIXED, op="attention_prefill"), *SPLITS]
 
 
 def kernels_of(case: PagedCase) -> tuple[str, ...]:
     """The kernel files that a case runs."""
-    return KERNELS if case.split else (case.op,)
+    return KERNELS if case.split and case.op == "attention_decode" else (case.op,)
 
 
 KERNELS_OF = kernels_of
@@ -273,6 +273,9 @@ def expected_of(step: Step) -> Expected:
         (attend(q, k, v, case, np.float64), attend(q, k, v, case, np.float32, case.dtype)) for q, k, v in both if len(q)
     ]
     truth, plain = (np.concatenate(x) for x in zip(*rows, strict=True))
+    if case.split and case.op == "attention_prefill":
+        lengths = np.repeat([n for _, n in case.requests], [n for _, n in case.requests])
+        truth[lengths <= case.split] = plain[lengths <= case.split] = 0.0
     return Expected(step.args["out"], truth, plain)
 
 
