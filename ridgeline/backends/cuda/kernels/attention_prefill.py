@@ -297,17 +297,14 @@ def shape_of(head_dim: int, arch: str) -> Shape:
     return next(shape for largest, shape in SHAPES[arch].items() if head_dim <= largest)
 
 
-def kind_of(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    scales: tuple[torch.Tensor, torch.Tensor] | None,
-    tensor_scales: tuple[float, float],
-) -> int:
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def kind_of(q: torch.Tensor, caches: Pair, scales: Pair | None, tensor_scales: tuple[float, float]) -> int:
     """What the cache holds; raises ValueError for types and scales that do not go together."""
-    kind = {torch.int8: INT8, torch.float8_e4m3fn: FP8, q.dtype: PLAIN}.get(k_cache.dtype)
-    if kind is None or k_cache.dtype != v_cache.dtype or q.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"attention: queries of {q.dtype} over a cache of {k_cache.dtype} and {v_cache.dtype}")
+    kind = {torch.int8: INT8, torch.float8_e4m3fn: FP8, q.dtype: PLAIN}.get(caches[0].dtype)
+    if kind is None or caches[0].dtype != caches[1].dtype or q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"attention: queries of {q.dtype} over a cache of {caches[0].dtype} and {caches[1].dtype}")
     if (kind == INT8) != (scales is not None) or (kind != FP8 and tensor_scales != (1.0, 1.0)):
         raise ValueError("attention: scales go with an int8 cache, and tensor_scales with an fp8 cache")
     if scales and (scales[0].stride() != scales[1].stride() or scales[0].stride(2) != 1):
@@ -336,7 +333,7 @@ def common_args(
     _, kv_heads, page, _ = k_cache.shape
     if k_cache.stride() != v_cache.stride() or 1 != q.stride(2) or 1 != out.stride(2) or 1 != k_cache.stride(3):
         raise ValueError("attention: keys and values of equal strides, heads contiguous")
-    kind = kind_of(q, k_cache, v_cache, scales, tensor_scales)
+    kind = kind_of(q, (k_cache, v_cache), scales, tensor_scales)
     if kind != PLAIN:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     k_scales, v_scales = scales or (q, q)
