@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ridgeline.backends.cuda.kernels.sample import PROMPT_BIT, sample
+from ridgeline.backends.cuda.kernels.top_logprobs import top_logprobs
 from ridgeline.backends.cuda.ladder.climb import Climb, Expected
 from ridgeline.backends.reference import sampling as reference
 from ridgeline.core.types import SAMPLING_DTYPE
@@ -45,7 +46,35 @@ class SampleCase:
         )
 
 
-CASES = [
+@dataclass(frozen=True)
+class TopCase:
+    """Rows of random logits and the k best of each.
+
+    Attributes:
+        vocab, sharp, levels, rows: as in SampleCase.
+        k: of the row that wants most.
+        dtype: of the logits.
+    """
+
+    vocab: int
+    k: int
+    levels: int = 0
+    rows: int = 20
+    dtype: torch.dtype = torch.float32
+    op: str = "top_logprobs"
+
+    @property
+    def name(self) -> str:
+        """For test ids."""
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.op}-{self.rows}x{self.vocab}-k{self.k}-levels{self.levels}-{kind}"
+
+
+TOP_CASES = [TopCase(40, 5), TopCase(300, 20, 3), TopCase(5, 8), TopCase(1, 1, rows=1), TopCase(2500, 64, rows=1)]
+TOP_CASES += [TopCase(600, 33, rows=1, dtype=torch.bfloat16), TopCase(100, 3, 1, dtype=torch.float16)]
+
+
+CASES: list[SampleCase | TopCase] = [
     SampleCase(v, kind, rows=rows)
     for v, rows in ((100, 6), (3000, 3))
     for kind in ("greedy", "temperature", "top_k", "top_p", "min_p")
@@ -84,8 +113,42 @@ def _parameters(case: SampleCase, rng: np.random.Generator) -> np.ndarray:
     return rows
 
 
-def build(case: SampleCase, arch: str, only: int | None = None) -> Climb:
+CASES += TOP_CASES
+
+
+def best(x: np.ndarray, k: int) -> np.ndarray:
+    """The k best of a row: by falling logit, the lower token first."""
+    return np.argsort(-x, kind="stable")[:k]
+
+
+def build_top(case: TopCase, arch: str, only: int | None = None) -> Climb:
+    """Rows want k, k - 1, ... of the best, and k again; the second has no token, and none of them."""
+    rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    index = np.arange(case.rows) if only is None else np.array([only])
+    logits = 3 * rng.standard_normal((case.rows, case.vocab)).astype(np.float32)
+    if case.levels:  # zeros of both signs are equal
+        logits = np.round(logits * case.levels / 6)
+    padded = torch.full((len(index), case.vocab + 8), float("nan"), dtype=case.dtype)
+    padded[:, : case.vocab] = torch.from_numpy(logits[index])
+    ks = (case.k - index % 7).astype(np.int32)
+    tokens = np.where(index == 1, -1, 0).astype(np.int32)
+    ids, scores = torch.zeros(len(index), case.k, dtype=torch.int32), torch.zeros(len(index), case.k)
+    given = torch.from_numpy(tokens), torch.from_numpy(ks)
+    launches = top_logprobs(padded[:, : case.vocab], *given, ids, scores, arch=arch)
+    truth, expected = np.full((len(index), case.k), -1.0), []
+    for r, x in enumerate(padded[:, : case.vocab].to(torch.float64).numpy()):
+        order = best(x, max(int(ks[r]), 0)) if tokens[r] >= 0 else np.zeros(0, np.int64)
+        truth[r, : len(order)] = order
+        answer = x[order] - x.max() - np.log(np.exp(x - x.max()).sum())
+        plain = (answer + cost_of_logprobs(x[None].astype(np.float32))).astype(np.float32)
+        expected.append(Expected(scores[r, : len(order)], answer, plain))
+    return Climb(launches, (Expected(ids, truth, truth.astype(np.float32), exact=True), *expected))
+
+
+def build(case: SampleCase | TopCase, arch: str, only: int | None = None) -> Climb:
     """``only``: the row to sample alone."""
+    if isinstance(case, TopCase):
+        return build_top(case, arch, only)
     rng = np.random.default_rng(zlib.crc32(case.name.encode()))
     rows, positions = _parameters(case, rng), rng.integers(0, 1000, case.rows).astype(np.int32)
     logits = (case.sharp * rng.standard_normal((case.rows, case.vocab))).astype(np.float32)

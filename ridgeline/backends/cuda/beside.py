@@ -90,7 +90,8 @@ def every_launch_beside(plan: Plan, layout: Layout, caches: Sequence[Cache], arc
     logits, fields = padded[:, :vocab], layout.tensors(torch.empty(layout.nbytes, dtype=torch.uint8, device="meta"))
     counts, bias, penalties = ints(2, vocab), ints(2, vocab).view(torch.float32), ints(2, 3).view(torch.float32)
     found += kernels.adjust(ints(1, 4), counts, bias)
-    found += top_logprobs(logits, fields["wanted"], ints(rows, MOST), ints(rows, MOST).view(torch.float32))
+    best = (ints(rows, MOST), ints(rows, MOST).view(torch.float32))
+    found += top_logprobs(logits, ints(rows), fields["wanted"], *best, arch=arch)
     masks = (None, ints(rows, cdiv(vocab, 32)))
     results, last = ints(3, padded_rows(rows)), ints(rows)
     for adjusted, mask, filters in product((None, (counts, bias, penalties)), masks, (False, True)):

@@ -271,7 +271,9 @@ class CudaExecutor:
         self._queue_sampling(step, "settles", logits, None)
         if (sampling["num_logprobs"] > 0).any():
             ids, logprobs = self.memory.best[:, : len(logits)]
-            self._compute.launch(top_logprobs(logits, step.fields["wanted"], ids, logprobs.view(torch.float32)))
+            tokens, wanted = self.memory.results[0, : len(logits)], step.fields["wanted"]
+            best = top_logprobs(logits, tokens, wanted, ids, logprobs.view(torch.float32), arch=self.device.arch)
+            self._compute.launch(best)
             self._compute.copy_out(step.place.best, self.memory.best)
         if (sampling["target"] == POOL).any():
             if step.bucket.hidden is None:

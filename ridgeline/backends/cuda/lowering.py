@@ -175,6 +175,13 @@ class Lowering:
             raise ValueError(f"{value.name} is no cache")
         return self.caches[value.cache.group], value.cache
 
+    @staticmethod
+    def _scales(cache: Cache, info: CacheInfo) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Of an int8 cache's keys and values in one layer."""
+        if cache.k_scales is None or cache.v_scales is None:
+            return None
+        return cache.k_scales[info.layer], cache.v_scales[info.layer]
+
     def _lower_embed(self, op: PlanOp) -> list[Launch]:
         table = self._matrix(op.inputs[1])
         ids = self.step.token_ids[: self.sizes.tokens]
@@ -202,9 +209,6 @@ class Lowering:
     def _lower_rope_kv_write(self, op: PlanOp) -> list[Launch]:
         qkv, _, value = op.inputs
         cache, info = self._cache(value)
-        scales = None
-        if cache.k_scales is not None and cache.v_scales is not None:
-            scales = (cache.k_scales[info.layer], cache.v_scales[info.layer])
         tokens, step = self.sizes.tokens, self.step
         return rope_kv(
             self.view(qkv),
@@ -215,7 +219,7 @@ class Lowering:
             self._heads(op.outputs[0], info.head_dim),
             cache.k[info.layer],
             cache.v[info.layer],
-            scales=scales,
+            scales=self._scales(cache, info),
             arch=self.arch,
         )
 
@@ -234,6 +238,7 @@ class Lowering:
             "out": self._heads(op.outputs[0], info.head_dim),
             "scale": op.attrs["scale"],
             "window": op.attrs["window"],
+            "scales": self._scales(cache, info),
             "arch": self.arch,
         }
         few = decode.attention_decode(

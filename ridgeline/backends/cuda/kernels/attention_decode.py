@@ -11,6 +11,8 @@ that wgmma takes: 64 operations a byte, a fifth of what the tensor cores do in t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +21,15 @@ import triton.language as tl
 
 from ridgeline.backends.cuda.kernels.attention_prefill import (
     CHUNK,
+    PLAIN,
     add,
     attend,
+    cache_bytes,
     common_args,
     find_tile,
+    key_bytes,
     meta_tensors,
+    seen_by,
     shape_of,
     tiles,
     weights_of,
@@ -45,6 +51,7 @@ def fold(
     chunks,
     to,
     live,
+    v_scale,
     column,
     WIDTH: tl.constexpr,
     V: tl.constexpr,
@@ -64,7 +71,7 @@ def fold(
         m_all, before, now = weights_of(m_all, m)
         l_all = add(l_all, before, l, now)
         o_all = add(o_all, before[:, None], o, tl.broadcast_to(now[:, None], o.shape))
-    result = o_all * (1.0 / l_all)[:, None]
+    result = o_all * (v_scale / l_all)[:, None]
     tl.store(to[:, None] + at, result.to(to.dtype.element_ty), mask=live[:, None])
 
 
@@ -73,6 +80,8 @@ def decode_kernel(
     q,
     k_cache,
     v_cache,
+    k_scales,
+    v_scales,
     block_tables,
     slots,
     query_starts,
@@ -93,8 +102,11 @@ def decode_kernel(
     block_stride,
     head_stride,
     token_stride,
+    scale_stride,
+    scale_head_stride,
     scale,
     cap_scale,
+    v_scale,
     window,
     GROUP: tl.constexpr,
     D1: tl.constexpr,
@@ -104,6 +116,7 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    KIND: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):
@@ -140,14 +153,15 @@ def decode_kernel(
     o2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
     k_head = k_cache + kv_head.to(tl.int64) * head_stride
     v_head = v_cache + kv_head.to(tl.int64) * head_stride
+    k_scales, v_scales = k_scales + kv_head * scale_head_stride, v_scales + kv_head * scale_head_stride
     table = block_tables + tl.load(slots + request).to(tl.int64) * table_stride
     for step in range(0, tl.cdiv(chunks - split, splits) * STEPS):  # one loop, so that loads run ahead over chunks
         chunk = split + step // STEPS * splits
         start = (first_chunk + chunk) * CHUNK + step % STEPS * BLOCK_N
         m, l, o1, o2 = attend(
-            q1, q2, k_head, v_head, table, start, low, high, cached + token, m, l, o1, o2,
-            block_stride, token_stride, scale, cap_scale, window,
-            D1, D2, D1, D2, PAGE, BLOCK_N, HAS_WINDOW, HAS_CAP,
+            q1, q2, k_head, v_head, k_scales, v_scales, table, start, low, high, cached + token, m, l, o1, o2,
+            block_stride, token_stride, scale_stride, scale, cap_scale, window,
+            D1, D2, D1, D2, PAGE, BLOCK_N, KIND, HAS_WINDOW, HAS_CAP,
         )  # fmt: skip
         if (step + 1) % STEPS == 0:
             entry = entries + chunk
@@ -168,9 +182,9 @@ def decode_kernel(
             entry = (at * (tl.num_programs(1) * GROUP) + of) * max_chunks
             to = out + at * out_stride + of * out_head_stride
             alive = row < tokens * GROUP
-            fold(partials, stats, entry, chunks, to, alive, 0, D1 + D2, D1, MERGE_ROWS)
+            fold(partials, stats, entry, chunks, to, alive, v_scale, 0, D1 + D2, D1, MERGE_ROWS)
             if D2 > 0:
-                fold(partials, stats, entry, chunks, to, alive, D1, D1 + D2, D2, MERGE_ROWS)
+                fold(partials, stats, entry, chunks, to, alive, v_scale, D1, D1 + D2, D2, MERGE_ROWS)
 
 
 def workspace(
@@ -203,13 +217,16 @@ def attention_decode(
     max_context: int,
     window: int | None = None,
     soft_cap: float | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    tensor_scales: tuple[float, float] = (1.0, 1.0),
     up_to: int | None = None,
     arch: str = "sm_90",
 ) -> list[Launch]:
     """Causal attention of each request's last tokens over its context, as ``attention_prefill`` with the same bits.
 
     Args:
-        q, k_cache, v_cache, block_tables, slots, query_starts, context_lens, out, scale, window, soft_cap: as there.
+        q, k_cache, v_cache, block_tables, slots, query_starts, context_lens, out, scale, window, soft_cap, scales,
+            tensor_scales: as there.
         partials, stats, counters: the shapes that ``workspace`` gives, or larger; counters all 0.
         max_context: no context_lens is above it.
         up_to: requests of more tokens than that in this step are left to the prefill kernel.
@@ -225,29 +242,47 @@ def attention_decode(
         if tensor.numel() < torch.Size(least).numel() or not tensor.is_contiguous():
             raise ValueError(f"attention_decode: a workspace of {tuple(tensor.shape)}, {least} needed")
     tables = (block_tables, slots, query_starts, context_lens)
-    args, meta = common_args(q, k_cache, v_cache, tables, out, scale, window, soft_cap)
+    args, meta = common_args(q, k_cache, v_cache, tables, out, scale, window, soft_cap, scales, tensor_scales)
     rows, _, warps, stages = shape.decode
     count = tiles(tokens, requests, heads // kv_heads, rows)
     chunks = cdiv(max_context, CHUNK)
     splits = max(1, min(chunks, cdiv(PROGRAMS[arch], count * kv_heads)))
     args |= {"partials": partials, "stats": stats, "counters": counters, "max_chunks": chunks, "splits": splits}
     args["up_to"] = (1 << 30) if up_to is None else up_to
-    meta |= {"BLOCK_M": rows, "BLOCK_N": shape.keys, "MERGE_ROWS": MERGE_ROWS}
+    meta |= {"BLOCK_M": rows, "BLOCK_N": shape.keys[meta["KIND"] != PLAIN], "MERGE_ROWS": MERGE_ROWS}
     written, updated = (("out",), ()) if up_to is None else ((), ("out",))
     updated = (*updated, "partials", "stats", "counters")
     return [Launch(decode_kernel, (count, kv_heads, splits), args, Config(meta, warps, stages), written, updated)]
 
 
+def traffic(launch: Launch, requests: Sequence[tuple[int, int]]) -> int:
+    """Bytes that the programs' loads and stores ask for, as in ``attention_prefill``; the atomic is not counted."""
+    meta, args = launch.config.meta, launch.args
+    item, dim = args["q"].element_size(), meta["D1"] + meta["D2"]
+    total = math.prod(launch.grid) * (4 * len(requests) + 12)
+    for cached, new in (r for r in requests if r[1] <= args["up_to"]):
+        for rows, low, high in seen_by(launch, cached, new):
+            chunks = cdiv(high, CHUNK) - low // CHUNK
+            once = launch.grid[2] * 4 + min(launch.grid[2], chunks) * (4 + rows * item * dim)
+            written = rows * chunks * (8 + 4 * dim)
+            folded = written + rows * (item * dim + chunks * 8 * (meta["D2"] > 0))
+            total += launch.grid[1] * (once + (high - low) * key_bytes(launch, dim) + written + folded + 4)
+    return total
+
+
 def card_shapes(arch: str) -> list[CardShape]:
-    """One new token of 1 and of 64 requests at a context of 4,096 in an 8B Llama, and other head sizes."""
+    """One new token of 1 and of 64 requests at a context of 4,096 in an 8B Llama, other head sizes and caches."""
     shapes, context = [], 4096
-    for requests, dim in ((1, 128), (64, 128), (64, 64), (64, 256)):
-        tensors: dict[str, Any] = meta_tensors(requests, 1, context, dim)
+    plain = ((1, 128, ""), (64, 128, ""), (64, 64, ""), (64, 256, ""))
+    for requests, dim, cache in (*plain, *((m, 128, cache) for cache in ("int8", "fp8") for m in (1, 64))):
+        tensors: dict[str, Any] = meta_tensors(requests, 1, context, dim, cache)
         sizes = workspace(requests, requests, 32, 8, dim, context, arch)
         for name, size in zip(("partials", "stats", "counters"), sizes, strict=True):
             kind = torch.int32 if name == "counters" else torch.float32
             tensors[name] = torch.empty(size, dtype=kind, device="meta")
         launches = attention_decode(**tensors, scale=dim**-0.5, max_context=context, arch=arch)
-        moved = requests * (context * 2 * 8 * dim * 2 + 2 * 32 * dim * 2)
-        shapes.append(CardShape(f"M={requests} D={dim}", launches, 4.0 * requests * 32 * dim * context, moved))
+        moved = requests * (context * cache_bytes(dim, cache) + 2 * 32 * dim * 2)
+        work, name = 4.0 * requests * 32 * dim * context, f"M={requests} D={dim} {cache}".strip()
+        asked = traffic(launches[0], [(context - 1, 1)] * requests)
+        shapes.append(CardShape(name, launches, work, moved, asked))
     return shapes

@@ -9,6 +9,8 @@ Roofline: half of ``linear``'s bytes for each operand, and twice its rate on the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl

@@ -208,6 +208,19 @@ def _strides(
     }
 
 
+def traffic(launch: Launch) -> int:
+    """Bytes that the programs' loads and stores ask for: each program of a token reads its angles."""
+    meta, args = launch.config.meta, launch.args
+    dim, kv = 2 * meta["HALF"], 2 * meta["KV_HEADS"]
+    stored: int = args["k_cache"].element_size()
+    angles = launch.grid[1] * (4 + 4 * dim * meta["STEP"])
+    rotated = meta["Q_HEADS"] * dim * args["q_out"].element_size()
+    written = kv * (dim * stored + 4 * (meta["KIND"] == INT8))
+    read = (meta["Q_HEADS"] + kv) * dim * args["qkv"].element_size() + 8
+    asked: int = launch.grid[0] * (angles + read + rotated + written)
+    return asked
+
+
 def card_shapes(arch: str) -> list[CardShape]:
     """An 8B Llama's layer over a bf16 cache of 16-token pages."""
     shapes = []
@@ -230,5 +243,5 @@ def card_shapes(arch: str) -> list[CardShape]:
             arch=arch,
         )
         moved = rows * (2 * 48 * 128 * 2 + 2 * 64 * 4)
-        shapes.append(CardShape(f"M={rows}", launches, 3.0 * rows * 40 * 128, moved))
+        shapes.append(CardShape(f"M={rows}", launches, 3.0 * rows * 40 * 128, moved, traffic(launches[0])))
     return shapes

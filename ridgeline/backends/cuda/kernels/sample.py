@@ -8,13 +8,14 @@ Philox 4x32-10 (Salmon et al., 2011), the same polynomials, every operation roun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ridgeline.backends.cuda.launch import CardShape, Config, Launch
+from ridgeline.backends.cuda.launch import CardShape, Config, Launch, cdiv
 
 CONFIGS: dict[str, Config] = {
     "sm_80": Config({"BLOCK": 2048, "DIGIT_BLOCK": 512}, num_warps=8, num_stages=1, fuse=False),
@@ -116,8 +117,8 @@ def adjusted(
 
 @triton.jit
 def ordered(x):
-    """Keys that compare, as unsigned integers, as the numbers do; adding 0 makes -0 the 0 that it equals."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    """Keys that compare, as unsigned integers, as the numbers do: both zeros have one."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return (bits ^ (bits >> 31 & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
@@ -309,6 +310,17 @@ def sample(
     return [Launch(sample_kernel, (logits.shape[0],), args, how, ("tokens", "logprobs"))]
 
 
+def traffic(launch: Launch, rows: Sequence[tuple[bool, bool]]) -> int:
+    """Bytes that the programs' loads and stores ask for; ``rows``: whether each, sampled, has a top-k and a top-p."""
+    meta, logit = launch.config.meta, launch.args["logits"].element_size()
+    vocab = launch.args["V"]
+    blocks = (cdiv(vocab, meta["BLOCK"]), cdiv(vocab, meta["DIGIT_BLOCK"]))
+    each = vocab * (logit + 4 * (meta["PENALTIES"] + meta["BIAS"] + meta["MASK"]))
+    passes = [each + 12 * meta["PENALTIES"] * n for n in blocks]  # penalties are read again for each block
+    once = vocab * logit + 2 * passes[0] + 3 * 4 + 5 * 4 + 2 * 4 * meta["FILTERS"] + logit + 2 * 4
+    return sum(once + 8 * passes[1] * (top_k + top_p) for top_k, top_p in rows)
+
+
 def card_shapes(arch: str) -> list[CardShape]:
     """The vocabulary of an 8B Llama, with top-k and top-p, and without."""
     shapes = []
@@ -325,5 +337,6 @@ def card_shapes(arch: str) -> list[CardShape]:
             logits, slots = empty(rows, 128256), empty(rows, **ints)
             launches = sample(logits, params, empty(rows, **ints), empty(rows), slots=slots, filters=filters, arch=arch)
             name = f"{'top-k, top-p' if filters else 'temperature'} M={rows}"
-            shapes.append(CardShape(name, launches, 60.0 * rows * 128256, 4.0 * rows * 128256))
+            asked = traffic(launches[0], [(filters, filters)] * rows)
+            shapes.append(CardShape(name, launches, 60.0 * rows * 128256, 4.0 * rows * 128256, asked))
     return shapes

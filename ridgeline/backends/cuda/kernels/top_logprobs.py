@@ -1,11 +1,15 @@
-"""The most likely tokens of a row and their log probabilities, without a sort of the vocabulary.
+"""The k most likely tokens of a row and their log probabilities, without a sort.
 
-The key of the k-th largest logit is found as sampling finds its top-k (``sample.threshold``); one more walk takes what
-lies above it and, of equal ones, the lower tokens; these few are then put in order by counting who is larger.
+One program reads a row ten times, after the first from the L2 cache: once for the largest logit and the sum of
+exponentials, eight times for the k-th largest key (four bits at a time, as ``sample`` does), once to collect in token
+order what is above it and the first of those at it. The k collected are ranked by comparing all pairs.
+
+Roofline: the row's bytes, once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,90 +17,123 @@ import triton
 import triton.language as tl
 
 from ridgeline.backends.cuda.kernels.sample import ordered, threshold
-from ridgeline.backends.cuda.launch import CardShape, Config, Launch
+from ridgeline.backends.cuda.launch import CardShape, Config, Launch, next_power_of_2
 
+CONFIGS: dict[str, Config] = {
+    "sm_80": Config({"BLOCK": 1024, "DIGIT_BLOCK": 512}, num_warps=8, num_stages=1, fuse=False),
+    "sm_90": Config({"BLOCK": 1024, "DIGIT_BLOCK": 512}, num_warps=8, num_stages=1, fuse=False),
+}
 MOST = 64
-"""Tokens of a row: as many as ``SamplingParams.logprobs`` may ask for."""
+"""Tokens of a row at most, as in ``SamplingParams.logprobs``."""
 
-CONFIG = Config({"BLOCK": 1024, "DIGIT_BLOCK": 512, "MOST": MOST}, num_warps=8, num_stages=1, fuse=False)
+
+@triton.jit
+def collect(logits, cut, ties, ids, V, BLOCK: tl.constexpr):
+    """Stores the tokens above ``cut`` and the first ``ties`` at it, in token order."""
+    seen, count = tl.zeros([1], tl.int32), tl.zeros([1], tl.int32)
+    for start in range(0, V, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        key = ordered(tl.load(logits + i, mask=i < V, other=float("-inf")).to(tl.float32))
+        tie = (key == cut).to(tl.int32)
+        keep = ((key > cut) | ((tie != 0) & (seen + tl.cumsum(tie, axis=0) <= ties))).to(tl.int32)
+        tl.store(ids + count + tl.cumsum(keep, axis=0) - 1, i, mask=keep != 0)
+        seen += tl.sum(tie, axis=0)
+        count += tl.sum(keep, axis=0)
 
 
 @triton.jit(do_not_specialize=["V"])
 def top_logprobs_kernel(
-    logits, wanted, ids, logprobs, logits_stride, V,
-    BLOCK: tl.constexpr, DIGIT_BLOCK: tl.constexpr, MOST: tl.constexpr,
+    logits, tokens, ks, top_ids, top_logprobs, logits_stride, ids_stride, logprobs_stride, V,
+    WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, BLOCK: tl.constexpr, DIGIT_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row ``program_id(0)``; what it does not ask for is -1 and 0."""
+    """Row ``program_id(0)``."""
     r = tl.program_id(0).to(tl.int64)
-    row, ids, logprobs = logits + r * logits_stride, ids + r * MOST, logprobs + r * MOST
-    place = tl.arange(0, MOST)
-    tl.store(ids + place, tl.full([MOST], -1, tl.int32))
-    tl.store(logprobs + place, tl.zeros([MOST], tl.float32))
-    k = tl.minimum(tl.minimum(tl.load(wanted + r), V), MOST)
-    if k <= 0:
+    logits, ids, logprobs = logits + r * logits_stride, top_ids + r * ids_stride, top_logprobs + r * logprobs_stride
+    j = tl.arange(0, WIDTH_BLOCK)
+    k = tl.minimum(tl.minimum(tl.load(ks + r), WIDTH), V)
+    k = tl.where(tl.load(tokens + r) >= 0, tl.maximum(k, 0), 0)
+    rest, wanted = (j >= k) & (j < WIDTH), j < k
+    tl.store(ids + j, -1, mask=rest)
+    tl.store(logprobs + j, float("nan"), mask=rest)
+    if k == 0:
         return
     largest, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
-    bad = tl.zeros([1], tl.int32)
     for start in range(0, V, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        x = tl.load(row + i, mask=i < V, other=0.0).to(tl.float32)
-        bad += tl.sum((x - x != 0.0).to(tl.int32), axis=0)
-        up = tl.maximum(largest, tl.max(tl.where(i < V, x, float("-inf")), axis=0))
-        total = total * tl.exp(largest - up) + tl.sum(tl.where(i < V, tl.exp(x - up), 0.0), axis=0)
+        x = tl.load(logits + i, mask=i < V, other=float("-inf")).to(tl.float32)
+        up = tl.maximum(largest, tl.max(x, axis=0))
+        total = total * tl.exp(largest - up) + tl.sum(tl.exp(x - up), axis=0)
         largest = up
-    if tl.max(bad, axis=0) > 0:
-        return
-    cut, above, need = threshold(
-        row, wanted, row, wanted, row, largest, largest, tl.zeros([1], tl.uint32),
+    cut, above, _ = threshold(
+        logits, logits, logits, logits, logits, largest, largest, tl.zeros([1], tl.uint32),
         tl.zeros([1], tl.float32) + k.to(tl.float32), V, False, False, False, False, DIGIT_BLOCK,
     )  # fmt: skip
-    ties = (need - above).to(tl.int32)
-    met, taken = tl.zeros([1], tl.int32), tl.zeros([1], tl.int32)
-    tl.debug_barrier()  # the marks above come before what replaces them
-    for start in range(0, V, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        x = tl.load(row + i, mask=i < V, other=0.0).to(tl.float32)
-        key = ordered(x)
-        tie = ((key == cut) & (i < V)).to(tl.int32)
-        keep = ((key > cut) & (i < V)) | ((tie != 0) & (met + tl.cumsum(tie, axis=0) <= ties))
-        met += tl.sum(tie, axis=0)
-        at = taken + tl.cumsum(keep.to(tl.int32), axis=0) - 1
-        tl.store(ids + at, i, mask=keep)
-        tl.store(logprobs + at, x, mask=keep)
-        taken += tl.sum(keep.to(tl.int32), axis=0)
-    tl.debug_barrier()
-    live = place < k
-    id, x = tl.load(ids + place, mask=live, other=-1), tl.load(logprobs + place, mask=live, other=0.0)
-    key = tl.where(live, ordered(x), 0)
-    larger = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & (id[None, :] < id[:, None]))
-    rank = tl.sum((larger & live[None, :]).to(tl.int32), axis=1)
-    tl.debug_barrier()
-    tl.store(ids + rank, id, mask=live)
-    tl.store(logprobs + rank, x - largest - tl.log(total), mask=live)
+    collect(logits, cut, k - above.to(tl.int32), ids, V, BLOCK)
+    tl.debug_barrier()  # any thread may have stored what this one reads
+    token = tl.load(ids + j, mask=wanted, other=0)
+    x = tl.load(logits + token, mask=wanted, other=float("-inf")).to(tl.float32)
+    before = (x[None, :] > x[:, None]) | ((x[None, :] == x[:, None]) & (j[None, :] < j[:, None]))
+    rank = tl.sum(before.to(tl.int32), axis=1)
+    tl.debug_barrier()  # all is read before any is replaced
+    tl.store(ids + rank, token, mask=wanted)
+    tl.store(logprobs + rank, x - largest - tl.log(total), mask=wanted)
 
 
-def top_logprobs(logits: torch.Tensor, wanted: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor) -> list[Launch]:
-    """The most likely tokens of every row, falling, the lower token of equal ones first.
+def top_logprobs(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    ks: torch.Tensor,
+    top_ids: torch.Tensor,
+    top_logprobs: torch.Tensor,
+    *,
+    arch: str = "sm_90",
+) -> list[Launch]:
+    """The most likely tokens of every row by falling raw logit, the lower token first of equal ones.
 
     Args:
-        logits: [R, V] fp32, bf16 or fp16: raw, before penalties, temperature and filters.
-        wanted: int32 [R]: how many of each row; none for 0 or less.
-        ids, logprobs: int32 and fp32 [R, MOST]: -1 and 0 beyond those, and where logits are not finite.
+        logits: [R, V] fp32, bf16 or fp16, as ``sample`` reads them.
+        tokens: int32 [R]: what ``sample`` gave; a row of -1 has no log probabilities.
+        ks: int32 [R]: how many a row wants; 0 or less: none.
+        top_ids, top_logprobs: int32 and fp32 [R, k], k the most that any row wants; -1 and NaN past a row's own.
+
+    Raises:
+        ValueError: more than MOST a row, or none.
     """
-    args: dict[str, Any] = {"logits": logits, "wanted": wanted, "ids": ids, "logprobs": logprobs}
-    args |= {"logits_stride": logits.stride(0), "V": logits.shape[1]}
-    return [Launch(top_logprobs_kernel, (logits.shape[0],), args, CONFIG, ("ids", "logprobs"))]
+    width = top_ids.shape[1]
+    if not 0 < width <= MOST or top_logprobs.shape != top_ids.shape:
+        raise ValueError(f"top_logprobs: {width} tokens a row, from 1 to {MOST}")
+    config = CONFIGS[arch]
+    args: dict[str, Any] = {
+        "logits": logits,
+        "tokens": tokens,
+        "ks": ks,
+        "top_ids": top_ids,
+        "top_logprobs": top_logprobs,
+        "logits_stride": logits.stride(0),
+        "ids_stride": top_ids.stride(0),
+        "logprobs_stride": top_logprobs.stride(0),
+        "V": logits.shape[1],
+    }
+    meta = {**config.meta, "WIDTH": width, "WIDTH_BLOCK": next_power_of_2(width)}
+    how = Config(meta, config.num_warps, config.num_stages, config.fuse)
+    return [Launch(top_logprobs_kernel, (logits.shape[0],), args, how, ("top_ids", "top_logprobs"))]
+
+
+def traffic(launch: Launch, wanted: Sequence[int]) -> int:
+    """Bytes that the programs' loads and stores ask for; ``wanted``: how many tokens each row gets."""
+    logit, vocab, width = launch.args["logits"].element_size(), launch.args["V"], launch.config.meta["WIDTH"]
+    return sum(8 + 8 * (width - k) + (10 * vocab * logit + k * (logit + 16) if k else 0) for k in wanted)
 
 
 def card_shapes(arch: str) -> list[CardShape]:
-    """The vocabulary of an 8B Llama."""
-    shapes = []
+    """Twenty tokens of the vocabulary of an 8B Llama."""
+    shapes, vocab, k = [], 128256, 20
     for rows in (1, 64):
-
-        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.empty(*shape, dtype=dtype, device="meta")
-
-        logits, floats = empty(rows, 128256, dtype=torch.float32), empty(rows, MOST, dtype=torch.float32)
-        launches = top_logprobs(logits, empty(rows), empty(rows, MOST), floats)
-        shapes.append(CardShape(f"M={rows}", launches, 20.0 * rows * 128256, 4.0 * rows * 128256))
+        logits, logprobs = (torch.empty(rows, n, device="meta") for n in (vocab, k))
+        tokens, ks, ids = (torch.empty(rows, n, dtype=torch.int32, device="meta") for n in (1, 1, k))
+        launches = top_logprobs(logits, tokens[:, 0], ks[:, 0], ids, logprobs, arch=arch)
+        moved = rows * (4.0 * vocab + 8 * k)
+        shapes.append(
+            CardShape(f"k={k} M={rows}", launches, 300.0 * rows * vocab, moved, traffic(launches[0], [k] * rows))
+        )
     return shapes
