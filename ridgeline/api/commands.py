@@ -1,4 +1,4 @@
-"""The commands: run, chat, bench, replay, compile, kernels. What loads a model is imported by the one that does."""
+"""The commands, one function each. What loads a model is imported by the command that does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ridgeline.api.compile import compile_model
+from ridgeline.api.explain import explain
 from ridgeline.api.flags import with_flags
 from ridgeline.api.kernels import make_app
 from ridgeline.core.config import ISAS
@@ -176,6 +177,7 @@ def make_command() -> Callable[..., Any]:
     app.command("chat")(with_flags(chat, sampling=True))
     app.command("bench")(with_flags(bench, sampling=False))
     app.command("replay")(replay)
+    app.command("explain")(with_flags(explain, sampling=False))
     app.command("compile")(with_flags(compile_model, sampling=False))
     app.add_typer(make_app(), name="kernels")
     app.callback(invoke_without_command=True)(_no_command)

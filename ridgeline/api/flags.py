@@ -29,10 +29,13 @@ def with_flags(command: Callable[..., None], *, sampling: bool) -> Callable[...,
     ``engine`` receives the EngineConfig fields but ``model`` as a dict, ``params`` the SamplingParams fields that
     have a flag (only with ``sampling``). ``--seed`` is the engine's: it draws every request's seed.
     """
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.name not in ("engine", "params")]
+    taken = {"model"} | {p.name for p in own}  # a command's own flag stands for the engine's of that name
     flags = [
         _flag(f.name, hint, f.default, f.metadata["help"], f.metadata["choices"], _ENGINE)
         for f, hint in _typed_fields(EngineConfig)
-        if f.name != "model"
+        if f.name not in taken
     ]
     engine_names = [p.name for p in flags]
     if sampling:
@@ -40,8 +43,6 @@ def with_flags(command: Callable[..., None], *, sampling: bool) -> Callable[...,
         for name, text in _SAMPLING_HELP.items():
             field, hint = hints[name]
             flags.append(_flag(name, hint, field.default, text, (), _SAMPLING))
-    signature = inspect.signature(command, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.name not in ("engine", "params")]
 
     def run(**values: Any) -> None:
         given = {p.name: values[p.name] for p in own}

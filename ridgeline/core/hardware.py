@@ -33,3 +33,23 @@ DATASHEET: dict[str, Peaks] = {
     "h200-sxm-141gb": Peaks(4.8e12, 1979e12, 989.4e12, 66.9e12, 1979e12),
 }
 """Dense peaks by device, as the makers state them."""
+
+DEVICES: dict[str, str] = {
+    "a100": "a100-sxm4-80gb",
+    "a100-40gb": "a100-sxm4-40gb",
+    "a100-pcie": "a100-pcie-80gb",
+    "h100": "h100-sxm5-80gb",
+    "h100-pcie": "h100-pcie-80gb",
+    "h200": "h200-sxm-141gb",
+}
+"""Short names -> entries of ``DATASHEET``."""
+
+MEMORY: dict[str, int] = {
+    "a100": 80 << 30,
+    "a100-40gb": 40 << 30,
+    "a100-pcie": 80 << 30,
+    "h100": 80 << 30,
+    "h100-pcie": 80 << 30,
+    "h200": 141 * 10**9,
+}
+"""Bytes of memory, by short name."""

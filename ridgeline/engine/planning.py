@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ridgeline.core.config import EngineConfig
+from ridgeline.core.formats import FORMATS
 from ridgeline.graph.plan import Plan, compile
-from ridgeline.graph.target import cuda_target
+from ridgeline.graph.target import cpu_target, cuda_target
 from ridgeline.models.description import Description
 
 
@@ -13,11 +16,27 @@ def hidden_dtype(formats: set[str]) -> str:
     return "f16" if formats == {"f16"} else "bf16"
 
 
-def plan_for_cuda(model: Description, config: EngineConfig) -> tuple[Plan, int]:
-    """The plan that the cuda backend would run, and the longest sequence in tokens."""
+def plan_for_cpu(model: Description, config: EngineConfig) -> Plan:
+    """The plan that the cpu backend would run."""
     kv_dtype = "bf16" if config.kv_dtype == "auto" else config.kv_dtype
     graph = model.graph(config.max_num_batched_tokens, config.sampled_rows(), kv_dtype, config.block_size)
-    matrices = {model.formats[name].name for name, entry in model.entries.items() if len(entry.shape) == 2}
-    plan = compile(graph, cuda_target(kv_dtype, hidden_dtype(matrices)))
+    return compile(graph, cpu_target(kv_dtype))
+
+
+def plan_for_cuda(model: Description, config: EngineConfig) -> tuple[Plan, int]:
+    """The plan that the cuda backend would run, and the longest sequence in tokens.
+
+    Matrices of floats count as what the GPU keeps them in, that of the activations.
+    """
+    kv_dtype = "bf16" if config.kv_dtype == "auto" else config.kv_dtype
+    matrices = {name for name, entry in model.entries.items() if len(entry.shape) == 2}
+    hidden = hidden_dtype({model.formats[name].name for name in matrices})
+    kept = {
+        name: FORMATS[hidden] if name in matrices and form.kind == "float" else form
+        for name, form in model.formats.items()
+    }
+    model = replace(model, formats=kept)
+    graph = model.graph(config.max_num_batched_tokens, config.sampled_rows(), kv_dtype, config.block_size)
+    plan = compile(graph, cuda_target(kv_dtype, hidden))
     length = config.model_len(model.config.context_length)
     return plan, -(-length // config.block_size) * config.block_size

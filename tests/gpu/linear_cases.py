@@ -68,7 +68,7 @@ EVERYTHING = ("bias", "silu_mul", "residual")
 
 def _whole_steps(op: str, kinds: tuple[str, ...]) -> list[LinearCase]:
     """Whole steps of K, in parts and not, by every tile: what a model's products are."""
-    sizes = ((2, 1024), (40, 1024), (40, 128), (80, 1024), (80, 128))
+    sizes = ((2, 1024), (2, 128), (40, 1024), (40, 128), (80, 1024), (80, 128))
     gated = ((), ("silu_mul",))
     return [LinearCase(op, m, 64, k, kind, "bf16", after) for kind in kinds for m, k in sizes for after in gated]
 

@@ -73,6 +73,23 @@ def test_a_request_has_the_bits_it_has_alone() -> None:
     assert np.array_equal(alone[1][1][0], beside[3][1][1])
 
 
+def test_a_long_request_before_a_short_one() -> None:
+    """The executor runs short ones first; what it hands out is in the order that was asked for."""
+    prompt = list(range(30, 42))
+    apart = drive(executor(seed=3, layers=1), [[(0, prompt)], [(1, [7, 8])]])
+    made = executor(seed=4, layers=1)
+    driver = Driver(made, 40, 16)
+    sampling = rows(2, num_logprobs=[0, 2], masked=[1, 1])
+    ticket = made.launch(driver.batch([(0, prompt), (1, [7, 8])], sampling))
+    bits = np.zeros((2, 5), np.uint32)
+    bits[0, 1], bits[1, 3] = 1 << 4, 1 << 5
+    output = made.finish(ticket, TokenMasks(bits))
+    assert output.token_ids.tolist() == [36, 101]
+    assert output.top_ids[:, 0].tolist() == [-1, int(apart[1][1][0].argmax())]
+    for row in range(2):
+        assert np.array_equal(made.last_logits[row], apart[row][1][0])
+
+
 def rows(count: int, **values: Any) -> np.ndarray:
     """Sampling parameters, greedy but for what is given."""
     made = np.zeros(count, SAMPLING_DTYPE)

@@ -24,7 +24,16 @@ from ridgeline.backends.cuda.kernels.top_logprobs import top_logprobs
 from ridgeline.backends.cuda.launch import Launch
 from ridgeline.backends.cuda.lowering import Lowering, Sizes
 from ridgeline.backends.cuda.memory import DeviceMemory, Limits
-from ridgeline.backends.cuda.step import Adjustments, Layout, adjustments, encode, held_rows, needs_filters, sizes_of
+from ridgeline.backends.cuda.step import (
+    Adjustments,
+    Layout,
+    adjustments,
+    encode,
+    few_first,
+    held_rows,
+    needs_filters,
+    sizes_of,
+)
 from ridgeline.backends.cuda.variants import buckets, key
 from ridgeline.backends.reference.slots import SlotLog
 from ridgeline.core.errors import RidgelineError
@@ -77,6 +86,7 @@ class Step:
     """A step under way.
 
     Attributes:
+        batch: as it runs, requests of few tokens first; back: where each of its rows was; None: there.
         extras: what varies in length, on the device, by name.
         logits: a copy for rows under a mask, which are sampled when later steps may have run; None without any.
         hidden: the final norm's rows, on the host; None where none are pooled.
@@ -86,6 +96,7 @@ class Step:
     bucket: Bucket
     place: Place
     extras: dict[str, torch.Tensor]
+    back: npt.NDArray[np.intp] | None = None
     logits: torch.Tensor | None = None
     hidden: HostBuffer | None = None
 
@@ -188,8 +199,8 @@ class CudaExecutor:
         if self._last is None or not len(self._last.batch.sample_rows):
             return np.empty((0, bound(self.plan.outputs["logits"].shape[1])), np.float32)
         rows, logits = len(self._last.batch.sample_rows), self._last.bucket.logits
-        result: Float32 = self._fetch(whole_rows(logits)).view(np.float32)
-        return result[:rows, : logits.shape[1]].copy()
+        result: Float32 = self._fetch(whole_rows(logits)).view(np.float32)[:rows, : logits.shape[1]]
+        return result.copy() if self._last.back is None else result[np.argsort(self._last.back)]
 
     def _fetch(self, tensor: torch.Tensor) -> Any:
         """A contiguous tensor's bytes, along its last dimension, once all that is queued is done."""
@@ -202,10 +213,11 @@ class CudaExecutor:
         """Queues a step. Raises RidgelineError when two are open or the batch is larger than the largest step."""
         if len(self._open) == RING - 1:
             raise RidgelineError(f"{RING - 1} steps are open: finish one first")
+        batch, back = few_first(batch)
         bucket = self.bucket_of(sizes_of(batch))
         self._know_tokens(batch)
         place = self._ring[self._count % RING]
-        step = Step(batch, bucket, place, self._send(batch, bucket.layout, place))
+        step = Step(batch, bucket, place, self._send(batch, bucket.layout, place), back)
         self._compute.launch(self._updates(step.extras))
         self._compute.replay(bucket.graph)
         self._sample(step)
@@ -336,7 +348,9 @@ class CudaExecutor:
         host = self.device.host(4 * rows * width)
         allowed = host.write().view(np.uint32).reshape(rows, width)
         allowed[:] = 0xFFFFFFFF
-        allowed[flagged] = masks.bits
+        # Masks come in the order of the batch as it was handed in.
+        given = np.arange(len(flagged)) if step.back is None else np.argsort(np.argsort(step.back[flagged]))
+        allowed[flagged] = masks.bits[given]
         there = self.memory.grown("masks", 4 * rows * width, self._compute)[: 4 * rows * width]
         self._compute.copy_in(there, host)
         assert step.logits is not None
@@ -352,8 +366,14 @@ class CudaExecutor:
         tokens[sampling["target"] == POOL] = -1
         logprobs = np.where(sampling["num_logprobs"] < 0, np.float32("nan"), results[2].view(np.float32))
         logprobs[tokens < 0] = np.nan
-        hidden = self._hidden(step, sampling["target"] == POOL)
-        return StepOutput(tokens, accepted, logprobs, *self._best(step, tokens), hidden)
+        pooled = sampling["target"] == POOL
+        hidden = self._hidden(step, pooled)
+        ids, best = self._best(step, tokens)
+        if step.back is None:
+            return StepOutput(tokens, accepted, logprobs, ids, best, hidden)
+        old = np.argsort(step.back)
+        hidden = hidden[np.argsort(step.back[pooled])] if len(hidden) else hidden
+        return StepOutput(tokens[old], accepted[old], logprobs[old], ids[old], best[old], hidden)
 
     def _best(self, step: Step, tokens: Any) -> tuple[Any, Any]:
         """The most likely tokens of each row and their log probabilities, as wide as the row that asked for most."""

@@ -246,13 +246,14 @@ class Lowering:
             **self._attention_workspace(op.attrs["num_heads"], info),
             max_context=self.max_context,
             up_to=FEW_TOKENS,
+            few=few_tokens(self.sizes),
         )
         return few + (attention_prefill(**common, longer_than=FEW_TOKENS) if self.sizes.prefills else [])
 
     def _attention_workspace(self, heads: int, info: CacheInfo) -> dict[str, Any]:
         """Pieces of the shared workspace in the shapes that the decode kernel asks for."""
         shape = (heads, info.num_kv_heads, info.head_dim, self.max_context)
-        sizes = decode.workspace(self.sizes.tokens, self.sizes.requests, *shape, self.arch)
+        sizes = decode.workspace(few_tokens(self.sizes), self.sizes.requests, *shape, self.arch)
         partials, stats, counters = (torch.Size(size) for size in sizes)
         first, second = partials.numel(), partials.numel() + stats.numel()
         floats = self.workspace.partials
@@ -279,6 +280,11 @@ class Lowering:
         return gated(gate, up, self.view(op.outputs[0]), arch=self.arch)
 
 
+def few_tokens(sizes: Sizes) -> int:
+    """Tokens, at most, of requests with few: these come first in a step (``step.few_first``)."""
+    return min(sizes.tokens, sizes.requests * FEW_TOKENS)
+
+
 def workspace_sizes(plan: Plan, weights: Mapping[str, Matrix | Vector], most: Sizes, context: int, arch: str) -> Any:
     """Elements of ``Workspace.partials`` and ``counters`` that no step of up to ``most`` goes beyond."""
     partials = counters = 0
@@ -293,7 +299,7 @@ def workspace_sizes(plan: Plan, weights: Mapping[str, Matrix | Vector], most: Si
             info = op.inputs[1].cache
             assert info is not None
             heads = (op.attrs["num_heads"], info.num_kv_heads, info.head_dim)
-            shapes = decode.workspace(most.tokens, most.requests, *heads, context, arch)
+            shapes = decode.workspace(few_tokens(most), most.requests, *heads, context, arch)
             sizes = [torch.Size(shape).numel() for shape in shapes]
             partials, counters = max(partials, sizes[0] + sizes[1]), max(counters, sizes[2])
     return partials, counters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -79,6 +79,35 @@ def sizes_of(batch: Batch) -> Sizes:
     """A batch's own sizes, without padding."""
     most = int(np.diff(batch.query_starts).max(initial=0))
     return Sizes(len(batch.token_ids), len(batch.slots), len(batch.sample_rows), most > FEW_TOKENS)
+
+
+def few_first(batch: Batch) -> tuple[Batch, npt.NDArray[np.intp] | None]:
+    """A batch whose requests of at most FEW_TOKENS tokens come first, the decode kernel's.
+
+    Returns:
+        The batch, and for each of its rows where it was; None for one that has been so, as schedulers leave most.
+    """
+    widths = np.diff(batch.query_starts)
+    many = widths > FEW_TOKENS
+    if not (many[:-1] & ~many[1:]).any():
+        return batch, None
+    order = np.argsort(many, kind="stable")
+    starts = batch.query_starts
+    tokens = np.concatenate([np.arange(starts[b], starts[b + 1]) for b in order])
+    where = np.empty(len(tokens), np.int64)
+    where[tokens] = np.arange(len(tokens))  # of each old token, its new place
+    rows = where[batch.sample_rows]
+    back = np.argsort(rows, kind="stable")
+    return replace(
+        batch,
+        token_ids=batch.token_ids[tokens],
+        positions=batch.positions[tokens],
+        slots=batch.slots[order],
+        query_starts=np.concatenate([[0], np.cumsum(widths[order])]).astype(np.int32),
+        context_lens=batch.context_lens[order],
+        sample_rows=rows[back].astype(np.int32),
+        sampling=batch.sampling[back],
+    ), back
 
 
 def encode(batch: Batch, layout: Layout, block: npt.NDArray[np.uint8], adjusted: Int32) -> None:

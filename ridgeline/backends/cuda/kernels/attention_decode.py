@@ -220,6 +220,7 @@ def attention_decode(
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     tensor_scales: tuple[float, float] = (1.0, 1.0),
     up_to: int | None = None,
+    few: int | None = None,
     arch: str = "sm_90",
 ) -> list[Launch]:
     """Causal attention of each request's last tokens over its context, as ``attention_prefill`` with the same bits.
@@ -230,6 +231,8 @@ def attention_decode(
         partials, stats, counters: the shapes that ``workspace`` gives, or larger; counters all 0.
         max_context: no context_lens is above it.
         up_to: requests of more tokens than that in this step are left to the prefill kernel.
+        few: requests of at most ``up_to`` tokens come first and have so many tokens at most, all together: what the
+            workspace is for; None: as many as there are.
 
     Raises:
         ValueError: a head size, a page or strides that the kernel cannot do, or too small a workspace.
@@ -237,6 +240,7 @@ def attention_decode(
     tokens, heads, head_dim = q.shape
     requests, kv_heads = slots.shape[0], k_cache.shape[1]
     shape = shape_of(head_dim, arch)
+    tokens = tokens if few is None else min(few, tokens)
     needed = workspace(tokens, requests, heads, kv_heads, head_dim, max_context, arch)
     for tensor, least in zip((partials, stats, counters), needed, strict=True):
         if tensor.numel() < torch.Size(least).numel() or not tensor.is_contiguous():

@@ -20,8 +20,8 @@ from ridgeline.backends.cuda.kernels.sample import ordered, threshold
 from ridgeline.backends.cuda.launch import CardShape, Config, Launch, next_power_of_2
 
 CONFIGS: dict[str, Config] = {
-    "sm_80": Config({"BLOCK": 1024, "DIGIT_BLOCK": 512}, num_warps=8, num_stages=1, fuse=False),
-    "sm_90": Config({"BLOCK": 1024, "DIGIT_BLOCK": 512}, num_warps=8, num_stages=1, fuse=False),
+    "sm_80": Config({"BLOCK": 1024, "DIGIT_BLOCK": 512}, num_warps=4, num_stages=1, fuse=False),
+    "sm_90": Config({"BLOCK": 1024, "DIGIT_BLOCK": 512}, num_warps=4, num_stages=1, fuse=False),
 }
 MOST = 64
 """Tokens of a row at most, as in ``SamplingParams.logprobs``."""
