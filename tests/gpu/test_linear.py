@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ridgeline.backends.cuda.gemm import MOST_SPLIT_ROWS, Epilogue, split_k
+from ridgeline.backends.cuda.gemm import MOST_SPLIT_ROWS, Epilogue, split_k, traffic
 from ridgeline.backends.cuda.kernels.linear import linear, linear_scratch
 from ridgeline.backends.cuda.kernels.linear_quantized import linear_quantized, pack, packed_shapes
 from ridgeline.backends.cuda.ladder.interpret import run
@@ -46,6 +46,13 @@ def test_no_part_is_empty(n: int, k: int) -> None:
     for block in (64, 128):
         steps, parts = cdiv(k, block), split_k(n, k, block)
         assert (parts - 1) * cdiv(steps, parts) < steps
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("rows", "n", "k"), [(3, 96, 1024), (40, 130, 128), (80, 64, 1024)])
+def test_traffic_is_what_the_programs_ask_for(rows: int, n: int, k: int, arch: str) -> None:
+    (launch,) = build(LinearCase("linear", rows, n, k, "bf16", "bf16", ("residual",)), arch).launches
+    assert run([launch]) == traffic(launch, 2.0, 2.0)
 
 
 def test_launchers_refuse_what_is_no_product() -> None:

@@ -278,8 +278,25 @@ def llama_shapes(make: CardLaunches, arch: str, weight_bytes: float, input_bytes
             residual = torch.empty_like(out) if name in ("o", "down") else None
             launches = make(m, n, k, Epilogue(silu_mul=gate, residual=residual), out, arch)
             moved = n * k * weight_bytes + m * k * input_bytes + m * width * (4.0 if residual is not None else 2.0)
-            shapes.append(CardShape(f"{name} M={m}", launches, 2.0 * m * n * k, moved))
+            asked = traffic(launches[0], weight_bytes, input_bytes)
+            shapes.append(CardShape(f"{name} M={m}", launches, 2.0 * m * n * k, moved, asked))
     return shapes
+
+
+def traffic(launch: Launch, weight_bytes: float, input_bytes: float) -> float:
+    """Bytes that the programs' loads and stores ask for: x again for each column tile, w for each row tile.
+
+    ``weight_bytes``, ``input_bytes``: of one element, scales included. A bias is left out.
+    """
+    meta, args = launch.config.meta, launch.args
+    m, n, k = args["M"], args["N"], args["K"]
+    down, across = cdiv(m, meta["BLOCK_M"]), cdiv(n, meta["BLOCK_N"])
+    # Without descriptors rows past the edge repeat earlier ones, and are read all the same.
+    x_rows, w_rows = (m, n) if meta["TMA"] else (down * meta["BLOCK_M"], across * meta["BLOCK_N"])
+    operands = k * (across * x_rows * input_bytes + down * w_rows * weight_bytes)
+    ends = sum(args[name].numel() * args[name].element_size() for name in ("out", "residual") if name in args)
+    parts = 8 * meta["SPLIT"] * m * n + 4 * down * across if meta["PARALLEL"] else 0
+    return float(operands + ends + parts)
 
 
 @triton.jit
