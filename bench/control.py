@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import statistics
 import time
@@ -126,6 +127,13 @@ def main() -> None:
         results[name] = round(statistics.median(times), 1)
         spread = f"{min(times):.1f} to {max(times):.1f}"
         print(f"{name:<36}{results[name]:>10.1f}{spread:>18}{results[name] / options['running']:>14.2f}", flush=True)
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("triton"):
+        from null_device import host_microseconds
+
+        for size, microseconds in host_microseconds().items():
+            name = f"{size} decoding, CUDA launch + finish"
+            results[name] = round(microseconds, 1)
+            print(f"{name:<36}{results[name]:>10.1f}{'no device':>18}{microseconds / size:>14.2f}", flush=True)
     print(json.dumps(results))
 
 

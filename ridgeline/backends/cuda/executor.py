@@ -8,8 +8,8 @@ into another of ``RING`` blocks, so that nothing is written while a step may rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,18 @@ class Place:
     results: HostBuffer
     best: HostBuffer
     done: Event | None = None
+    made: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` gave the first time, for as long as the buffers stay: views, and launches over them."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+    def fields(self, layout: Layout) -> dict[str, torch.Tensor]:
+        """A bucket's fields on the device."""
+        found: dict[str, torch.Tensor] = self.once(("fields", id(layout)), lambda: layout.tensors(self.staged))
+        return found
 
 
 @dataclass
@@ -103,7 +115,7 @@ class Step:
     @property
     def fields(self) -> dict[str, torch.Tensor]:
         """Its block on the device, which no other step writes while this one is open."""
-        return self.bucket.layout.tensors(self.place.staged)
+        return self.place.fields(self.bucket.layout)
 
 
 class CudaExecutor:
@@ -250,9 +262,10 @@ class CudaExecutor:
         if total > len(place.staged):
             self.device.free(place.staged)
             place.inputs, place.staged = self.device.host(2 * total), self.device.memory(2 * total)
+            place.made.clear()
         block = place.inputs.write()
         rows = np.zeros(len(batch.sample_rows), np.int32) if adjusted is None else adjusted.rows
-        encode(batch, layout, block, rows)
+        encode(batch, place.once(("arrays", id(layout)), lambda: layout.arrays(block)), rows)
         found, at = {}, layout.nbytes
         for name, part in parts.items():
             block[at : at + part.nbytes] = part.view(np.uint8).reshape(-1)
@@ -301,17 +314,24 @@ class CudaExecutor:
 
     def _queue_sampling(self, step: Step, settles: str, logits: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Samples every row of ``logits``; settles the requests that the field ``settles`` names."""
-        memory, adjusted = self.memory, None
+        memory, filters = self.memory, needs_filters(step.batch)
+        results = memory.results[:, : step.bucket.layout.sizes.rows]
+
+        def launches(adjusted: Any) -> list[Launch]:
+            return sample_and_settle(
+                step.fields, settles, logits, results, memory.last_tokens, adjusted, mask, filters, self.device.arch
+            )
+
         if "penalties" in step.extras:
             penalties = step.extras["penalties"]
-            adjusted = (*memory.adjusted(len(penalties), self._compute), penalties)
-            self._compute.launch(kernels.adjust(step.extras["cells"], *adjusted[:2]))
-        results = memory.results[:, : step.bucket.layout.sizes.rows]
-        filters, arch = needs_filters(step.batch), self.device.arch
-        sampled = sample_and_settle(
-            step.fields, settles, logits, results, memory.last_tokens, adjusted, mask, filters, arch
-        )
-        self._compute.launch(sampled)
+            counts, bias = memory.adjusted(len(penalties), self._compute)
+            self._compute.launch(kernels.adjust(step.extras["cells"], counts, bias))
+            self._compute.launch(launches((counts, bias, penalties)))
+        elif mask is not None:
+            self._compute.launch(launches(None))
+        else:  # by far the most steps: the same launches each time
+            key = ("sample", id(step.bucket), filters)
+            self._compute.launch(step.place.once(key, lambda: launches(None)))
 
     def _wait(self, step: Step) -> npt.NDArray[np.int32]:
         """A step's results: int32 [3, rows]."""
@@ -377,6 +397,8 @@ class CudaExecutor:
 
     def _best(self, step: Step, tokens: Any) -> tuple[Any, Any]:
         """The most likely tokens of each row and their log probabilities, as wide as the row that asked for most."""
+        if not (step.batch.sampling["num_logprobs"] > 0).any():
+            return np.empty((len(tokens), 0), np.int32), np.empty((len(tokens), 0), np.float32)
         wanted = np.minimum(step.batch.sampling["num_logprobs"], step.bucket.logits.shape[1])
         wanted = np.where((step.batch.sampling["target"] == POOL) | (tokens < 0), 0, np.maximum(wanted, 0))
         width = int(wanted.max(initial=0))

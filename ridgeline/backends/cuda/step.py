@@ -110,13 +110,14 @@ def few_first(batch: Batch) -> tuple[Batch, npt.NDArray[np.intp] | None]:
     ), back
 
 
-def encode(batch: Batch, layout: Layout, block: npt.NDArray[np.uint8], adjusted: Int32) -> None:
+def encode(batch: Batch, f: Mapping[str, Any], adjusted: Int32) -> None:
     """Writes a batch into a bucket's block.
 
     Args:
+        f: its fields (``Layout.arrays``).
         adjusted: [S] for each row, its row of token counts and bias; 0: the one without any.
     """
-    f, t, s = layout.arrays(block), len(batch.token_ids), len(batch.sample_rows)
+    t, s = len(batch.token_ids), len(batch.sample_rows)
     _padded(f["fed"], batch.token_ids, 0)
     _padded(f["positions"], batch.positions, 0)
     _padded(f["token_slots"], np.repeat(batch.slots, np.diff(batch.query_starts)), -1)
@@ -138,8 +139,11 @@ def encode(batch: Batch, layout: Layout, block: npt.NDArray[np.uint8], adjusted:
     _padded(f["wanted"], np.where(rows["target"] == POOL, 0, rows["num_logprobs"]), 0)
     _padded(f["temperatures"], rows["temperature"], 0.0)
     _padded(f["top_ps"], rows["top_p"], 1.0)
-    with np.errstate(divide="ignore"):
-        _padded(f["floors"], np.log(rows["min_p"]), -np.inf)
+    if rows["min_p"].any():
+        with np.errstate(divide="ignore"):
+            _padded(f["floors"], np.log(rows["min_p"]), -np.inf)
+    else:
+        f["floors"][:] = -np.inf
     f["seeds"][:s, 0] = (rows["seed"] & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32)
     f["seeds"][:s, 1] = (rows["seed"] >> np.uint64(32)).astype(np.uint32).view(np.int32)
     f["seeds"][s:] = 0
@@ -183,6 +187,8 @@ class Adjustments:
 
 def adjustments(batch: Batch, logs: Mapping[int, SlotLog]) -> Adjustments | None:
     """None where no sampled row asks for anything; the logs hold this step's tokens already."""
+    if not logs:
+        return None
     rows = np.zeros(len(batch.sample_rows), np.int32)
     cells: list[tuple[int, int, int, int]] = []
     penalties = [(1.0, 0.0, 0.0)]
