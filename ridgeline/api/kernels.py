@@ -101,7 +101,8 @@ def cards(
     print(table.render(rows))
     page = PAGE.read_text()
     if write:
-        kept = [row for row in table.read(page) if row.key not in {r.key for r in rows}]
+        made = {(row.kernel, row.arch) for row in rows}
+        kept = [r for r in table.read(page) if r.kernel in ops and (r.kernel, r.arch) not in made]
         head = page.split("\n| kernel |")[0].rstrip()
         merged = sorted([*kept, *rows], key=lambda row: (ops.index(row.kernel), row.arch))
         PAGE.write_text(f"{head}\n\n{table.render(merged)}")

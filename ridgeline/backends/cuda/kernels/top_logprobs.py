@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 
 from ridgeline.backends.cuda.kernels.sample import ordered, threshold
-from ridgeline.backends.cuda.launch import CardShape, Config, Launch, next_power_of_2
+from ridgeline.backends.cuda.launch import CardShape, Config, Launch
 
 CONFIGS: dict[str, Config] = {
-    "sm_80": Config({"BLOCK": 1024, "DIGIT_BLOCK": 512}, num_warps=4, num_stages=1, fuse=False),
-    "sm_90": Config({"BLOCK": 1024, "DIGIT_BLOCK": 512}, num_warps=4, num_stages=1, fuse=False),
+    "sm_80": Config({"BLOCK": 2048, "DIGIT_BLOCK": 256}, num_warps=8, num_stages=1, fuse=False),
+    "sm_90": Config({"BLOCK": 2048, "DIGIT_BLOCK": 256}, num_warps=8, num_stages=1, fuse=False),
 }
 MOST = 64
 """Tokens of a row at most, as in ``SamplingParams.logprobs``."""
@@ -41,18 +41,18 @@ def collect(logits, cut, ties, ids, V, BLOCK: tl.constexpr):
         count += tl.sum(keep, axis=0)
 
 
-@triton.jit(do_not_specialize=["V"])
+@triton.jit(do_not_specialize=["V", "width"])
 def top_logprobs_kernel(
-    logits, tokens, ks, top_ids, top_logprobs, logits_stride, ids_stride, logprobs_stride, V,
-    WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, BLOCK: tl.constexpr, DIGIT_BLOCK: tl.constexpr,
+    logits, tokens, ks, top_ids, top_logprobs, logits_stride, ids_stride, logprobs_stride, V, width,
+    MOST: tl.constexpr, BLOCK: tl.constexpr, DIGIT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Row ``program_id(0)``."""
     r = tl.program_id(0).to(tl.int64)
     logits, ids, logprobs = logits + r * logits_stride, top_ids + r * ids_stride, top_logprobs + r * logprobs_stride
-    j = tl.arange(0, WIDTH_BLOCK)
-    k = tl.minimum(tl.minimum(tl.load(ks + r), WIDTH), V)
+    j = tl.arange(0, MOST)
+    k = tl.minimum(tl.minimum(tl.load(ks + r), width), V)
     k = tl.where(tl.load(tokens + r) >= 0, tl.maximum(k, 0), 0)
-    rest, wanted = (j >= k) & (j < WIDTH), j < k
+    rest, wanted = (j >= k) & (j < width), j < k
     tl.store(ids + j, -1, mask=rest)
     tl.store(logprobs + j, float("nan"), mask=rest)
     if k == 0:
@@ -113,15 +113,15 @@ def top_logprobs(
         "ids_stride": top_ids.stride(0),
         "logprobs_stride": top_logprobs.stride(0),
         "V": logits.shape[1],
+        "width": width,
     }
-    meta = {**config.meta, "WIDTH": width, "WIDTH_BLOCK": next_power_of_2(width)}
-    how = Config(meta, config.num_warps, config.num_stages, config.fuse)
+    how = Config({**config.meta, "MOST": MOST}, config.num_warps, config.num_stages, config.fuse)
     return [Launch(top_logprobs_kernel, (logits.shape[0],), args, how, ("top_ids", "top_logprobs"))]
 
 
 def traffic(launch: Launch, wanted: Sequence[int]) -> int:
     """Bytes that the programs' loads and stores ask for; ``wanted``: how many tokens each row gets."""
-    logit, vocab, width = launch.args["logits"].element_size(), launch.args["V"], launch.config.meta["WIDTH"]
+    logit, vocab, width = launch.args["logits"].element_size(), launch.args["V"], launch.args["width"]
     return sum(8 + 8 * (width - k) + (10 * vocab * logit + k * (logit + 16) if k else 0) for k in wanted)
 
 
