@@ -20,8 +20,8 @@ from ridgeline.backends.cuda.kernels.sample import ordered, threshold
 from ridgeline.backends.cuda.launch import CardShape, Config, Launch
 
 CONFIGS: dict[str, Config] = {
-    "sm_80": Config({"BLOCK": 2048, "DIGIT_BLOCK": 256}, num_warps=8, num_stages=1, fuse=False),
-    "sm_90": Config({"BLOCK": 2048, "DIGIT_BLOCK": 256}, num_warps=8, num_stages=1, fuse=False),
+    "sm_80": Config({"BLOCK": 1024, "DIGIT_BLOCK": 256}, num_warps=8, num_stages=1, fuse=False),
+    "sm_90": Config({"BLOCK": 1024, "DIGIT_BLOCK": 256}, num_warps=8, num_stages=1, fuse=False),
 }
 MOST = 64
 """Tokens of a row at most, as in ``SamplingParams.logprobs``."""
