@@ -65,6 +65,38 @@ REASONS: dict[str, list[Key]] = {
     "counters + tile = tile + counters": [
         ("linear", "linear_kernel", "arrive(counters, tile, SPLIT)", "arrive(tile, counters, SPLIT)"),
     ],
+    "what lanes past the end hold is neither stored nor counted": [
+        ("step", "put_cells_kernel", "0 in other=0", "1"),
+        (
+            "step",
+            "copy_blocks_kernel",
+            "tl.load(at + source * block_stride + i, mask=i < N)",
+            "tl.load(at + source * block_stride + i)",
+        ),
+        ("step", "resolve_kernel", "1 in -1", "2"),
+        (
+            "step",
+            "resolve_kernel",
+            "tl.load(token_slots + t, mask=live, other=-1)",
+            "tl.load(token_slots + t, mask=live)",
+        ),
+        ("step", "settle_kernel", "1 in -1", "2"),
+        ("step", "settle_kernel", "tl.load(mine, mask=first < end, other=-1)", "tl.load(mine, mask=first < end)"),
+        ("step", "adjust_kernel", "tl.load(cells + 4 * i, mask=live, other=0)", "tl.load(cells + 4 * i, mask=live)"),
+        ("step", "adjust_kernel", "0 in other=0", "1"),
+    ],
+    "0 / r = 0 * r, and counting reads neither of the two arguments that change places": [
+        ("sample", "adjusted", "x > 0.0", "x >= 0.0"),
+        (
+            "sample",
+            "sample_kernel",
+            "threshold(logits, counts, bias, mask, penalties, largest, inverse, cut, tl.zeros([1], tl.float32) + k.to(tl.float32), V, PENALTIES, BIAS, MASK, False, DIGIT_BLOCK)",
+            "threshold(logits, counts, bias, mask, penalties, largest, cut, inverse, tl.zeros([1], tl.float32) + k.to(tl.float32), V, PENALTIES, BIAS, MASK, False, DIGIT_BLOCK)",
+        ),
+    ],
+    "int32 to uint32 keeps the bits either way": [
+        ("sample", "ordered", "True in bitcast=True", "False"),
+    ],
 }
 
 EQUIVALENT: frozenset[Key] = frozenset(key for keys in REASONS.values() for key in keys)
