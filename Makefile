@@ -68,8 +68,14 @@ run: $(STAMPS)/native $(STAMPS)/model
 bench: $(STAMPS)/native $(STAMPS)/model
 	@$(BIN)/ridgeline bench $(MODEL)
 
+# The GPU's kernels are interpreted on one thread, so two processes share them; all other tests use both cores already.
 test: $(STAMPS)/native $(STAMPS)/model $(STAMPS)/dev
+ifeq ($(strip $(PYTEST_ARGS)),)
+	$(BIN)/python -m pytest -n 2 tests/gpu
+	$(BIN)/python -m pytest --ignore=tests/gpu
+else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 soak: $(STAMPS)/native $(STAMPS)/dev
 	@$(BIN)/python -m tests.sim.soak $(SOAK_ARGS)
