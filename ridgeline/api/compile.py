@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ridgeline.core.config import EngineConfig
-from ridgeline.core.errors import RidgelineError
+from ridgeline.core.errors import ConfigError, RidgelineError
 
 Model = Annotated[str, typer.Argument(help="an alias, a GGUF file, a config.json or a folder with one")]
 
@@ -27,6 +27,8 @@ def compile_model(
     """Compile every GPU kernel variant that a model can ask for, into the cache that launches read; needs no GPU."""
     from ridgeline.api.kernels import require_toolchain
 
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"--jobs must be at least 1, got {jobs}")
     require_toolchain()
     os.environ.pop("TRITON_INTERPRET", None)
     config = EngineConfig(model=model, **{**engine, "backend": "cuda"})

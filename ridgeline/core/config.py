@@ -121,6 +121,8 @@ class EngineConfig:
         for name in ("threads", "isa"):
             if self.backend != "cpu" and getattr(self, name) is not None:
                 raise ConfigError(f"the {self.backend} backend takes no {name}: leave it out, or use backend 'cpu'")
+        if self.backend == "cuda" and self.kv_dtype == "f32":
+            raise ConfigError("the cuda backend keeps no f32 cache: kv_dtype may be auto, bf16, f16 or int8")
         if self.backend != "cuda" and self.device is not None:
             raise ConfigError(f"the {self.backend} backend takes no device: leave it out, or use backend 'cuda'")
         if _KV_CHUNK % self.block_size:

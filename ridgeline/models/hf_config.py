@@ -27,8 +27,10 @@ def read_config(path: Path) -> tuple[LlamaConfig, WeightFormat]:
     """
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ModelFileError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ModelFileError(f"{path}: no JSON: {error}") from None
     if not isinstance(found, dict):
         raise ModelFileError(f"{path}: not an object of settings")
     try:

@@ -71,3 +71,5 @@ def test_options_of_other_backends_are_refused(tmp_path: Path) -> None:
         LLM("smollm2", backend="cuda", threads=2)
     with pytest.raises(ConfigError, match="takes no device"):
         LLM("smollm2", device="emulated")
+    with pytest.raises(ConfigError, match="keeps no f32 cache"):
+        LLM("smollm2", backend="cuda", device="emulated", kv_dtype="f32")
