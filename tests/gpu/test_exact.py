@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -75,6 +76,18 @@ def test_large_values_saturate_at_8_bits() -> None:
     run([launch(toys.convert, x=x, out=out, N=N)])
     values = out.to(torch.float32)
     assert values[0] == -448 and values[1] == 448 and values[2].isnan() and (values[3:] == 448).all()
+
+
+def test_e4m3_encoded_in_integers_is_the_hardwares() -> None:
+    """Every number of e4m3, every tie between two, and their neighbours; zeros, infinity, NaN, beyond the range."""
+    numbers = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    edges = np.concatenate([numbers, (numbers[1:] + numbers[:-1]) / 2, [449.0, 464.0, 465.0, 1e9, np.inf]])
+    near = [np.nextafter(edges.astype(np.float32), np.float32(to)) for to in (-np.inf, np.inf)]
+    every = np.concatenate([edges.astype(np.float32), *near, [np.nan, 1e-40]]).astype(np.float32)
+    x = torch.from_numpy(np.pad(np.concatenate([every, -every]), (0, 2048 - 2 * len(every))))
+    hardware, ours = (torch.zeros(len(x), dtype=t) for t in (torch.float8_e4m3fn, torch.uint8))
+    run([launch(toys.convert, x=x, out=hardware, N=len(x)), launch(toys.encode_e4m3, x=x, out=ours, N=len(x))])
+    assert torch.equal(hardware.view(torch.uint8), ours)
 
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**50), max_value=2.0**50)

@@ -15,6 +15,7 @@ MODULES = (row_cases, linear_cases, attention_cases, sample_cases, step_cases)
 CASES = [(module, case) for module in MODULES for case in module.CASES]
 BOTH = (linear_cases, attention_cases)  # of which the architectures have different kernels
 BUILDS = [(m, c, "sm_90") for m, c in CASES] + [(m, c, "sm_80") for m, c in CASES[::2] if m in BOTH]
+BUILDS += [(row_cases, c, "sm_80") for c in row_cases.CASES if "-fp8-" in c.name]  # encoded there in integers
 """``ridgeline kernels check`` runs every case for both."""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ridgeline.backends.cuda import e4m3
+
 
 @triton.jit
 def binary(a, b, out, N: tl.constexpr, WHICH: tl.constexpr):
@@ -33,6 +35,12 @@ def binary(a, b, out, N: tl.constexpr, WHICH: tl.constexpr):
 def convert(x, out, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(out + i, tl.load(x + i).to(out.dtype.element_ty))
+
+
+@triton.jit
+def encode_e4m3(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, e4m3.encode(tl.load(x + i)))
 
 
 @triton.jit

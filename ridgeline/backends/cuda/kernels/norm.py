@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ridgeline.backends.cuda import e4m3
 from ridgeline.backends.cuda.launch import CardShape, Config, Launch, cdiv, next_power_of_2
 
 MOST_COLUMNS = 16384
@@ -31,7 +32,8 @@ CONFIGS: dict[int, tuple[int, int]] = {
 }
 """Columns, padded to a power of two -> rows of a program, warps. The same for both architectures: memory decides."""
 
-NONE, INT8, FP8 = 0, 1, 2
+NONE, INT8, FP8, FP8_CODES = 0, 1, 2, 3
+"""What a row becomes. FP8_CODES: FP8, encoded here, where the architecture has no such conversion."""
 
 
 @triton.jit
@@ -82,6 +84,8 @@ def norm_kernel(
         codes = y * tl.where(largest > 0.0, most / largest, 0.0)[:, None]
         if QUANTIZE == 1:
             codes = (codes + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest even integer
+        if QUANTIZE == 3:
+            codes = e4m3.encode(codes)
         tl.store(at, codes.to(out.dtype.element_ty), mask=live)
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         tl.store(scales + row, largest / most, mask=row < rows)
@@ -119,6 +123,8 @@ def norm(
         raise ValueError("norm: delta and total come together")
     per_program, warps = CONFIGS[block]
     quantize = {torch.int8: INT8, torch.float8_e4m3fn: FP8}.get(out.dtype, NONE)
+    if quantize == FP8 and arch == "sm_80":
+        quantize, out = FP8_CODES, out.view(torch.uint8)
     meta = {
         "N": columns,
         "BLOCK": block,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ridgeline.backends.cuda import e4m3
 from ridgeline.backends.cuda.launch import CardShape, Config, Launch, cdiv, next_power_of_2
 
 CONFIGS: dict[str, Config] = {
@@ -23,7 +24,8 @@ CONFIGS: dict[str, Config] = {
 FEW, FEW_CONFIG = 16, Config({"HEADS": 2, "STEP": 2}, num_warps=1, num_stages=1)
 """So few tokens would leave most of the device idle: more and smaller programs."""
 
-PLAIN, INT8, FP8 = 0, 1, 2
+PLAIN, INT8, FP8, FP8_CODES = 0, 1, 2, 3
+"""What the cache holds. FP8_CODES: FP8, encoded here, where the architecture has no such conversion."""
 
 
 @triton.jit
@@ -36,8 +38,10 @@ def write_head(cache, scales, at, scale_at, low, high, half, live, one_live, ten
         low = (low * factor + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest even integer
         high = (high * factor + 12582912.0) - 12582912.0
         tl.store(scales + scale_at, largest / 127.0, mask=one_live)
-    if KIND == 2:
+    if KIND >= 2:
         low, high = low / tensor_scale, high / tensor_scale
+    if KIND == 3:
+        low, high = e4m3.encode(low), e4m3.encode(high)
     tl.store(cache + at, low.to(cache.dtype.element_ty), mask=live)
     tl.store(cache + at + half, high.to(cache.dtype.element_ty), mask=live)
 
@@ -153,6 +157,8 @@ def rope_kv(
     kind = {torch.int8: INT8, torch.float8_e4m3fn: FP8}.get(k_cache.dtype, PLAIN)
     if kind == INT8 and scales is None:
         raise ValueError("rope_kv: an int8 cache needs scales")
+    if kind == FP8 and arch == "sm_80":
+        kind, k_cache, v_cache = FP8_CODES, k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     k_scales, v_scales = scales or (cos, cos)
     config = FEW_CONFIG if tokens <= FEW else CONFIGS[arch]
     args: dict[str, Any] = {
