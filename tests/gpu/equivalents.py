@@ -19,12 +19,26 @@ REASONS: dict[str, list[Key]] = {
         ),
         (
             "attention_prefill",
+            "merge",
+            "add(o1_all, before[:, None], o1, tl.broadcast_to(now[:, None], o1.shape))",
+            "add(before[:, None], o1_all, o1, tl.broadcast_to(now[:, None], o1.shape))",
+        ),
+        (
+            "attention_prefill",
             "attend",
             "tl.fma(1.0 / (tl.exp2(s * cap_scale) + 1.0), -2.0, 1.0)",
             "tl.fma(-2.0, 1.0 / (tl.exp2(s * cap_scale) + 1.0), 1.0)",
         ),
     ],
     "what a masked lane holds is selected away, or reaches no element that is stored": [
+        ("attention_prefill", "find_tile", "0 in other=0", "1"),
+        (
+            "attention_prefill",
+            "attend",
+            "tl.load(table + keys // PAGE, mask=seen, other=0)",
+            "tl.load(table + keys // PAGE, mask=seen)",
+        ),
+        ("attention_prefill", "attend", "0 in other=0", "1"),
         (
             "attention_prefill",
             "find_tile",
@@ -50,6 +64,25 @@ REASONS: dict[str, list[Key]] = {
             "tl.load(w_scale + columns, mask=columns < N)",
         ),
     ],
+    "a second part of a head has no columns or at least 16": [
+        ("attention_prefill", "attend", "0 in D2 > 0", "1"),
+    ],
+    "rows are computed again to free registers, and are the same": [
+        (
+            "attention_prefill",
+            "prefill_kernel",
+            "rows = (index - (first * GROUP // BLOCK_M + request)) * BLOCK_M + tl.arange(0, BLOCK_M)",
+            "pass",
+        ),
+    ],
+    "keys past a row's position are masked: more of them are read, for nothing": [
+        (
+            "attention_prefill",
+            "prefill_kernel",
+            "(tile * BLOCK_M + BLOCK_M - 1) // GROUP",
+            "(tile * BLOCK_M + BLOCK_M - 1) * GROUP",
+        ),
+    ],
     "a second part of a head that is not there is computed from the first and stored nowhere": [
         ("attention_prefill", "merge", "V2 > 0", "V2 >= 0"),
         ("attention_decode", "decode_kernel", "0 in D2 > 0", "1"),
@@ -59,7 +92,7 @@ REASONS: dict[str, list[Key]] = {
         (
             "linear",
             "linear_kernel",
-            "accumulate(x, w, row, column, first, last, M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K)",
+            "accumulate(x, w, row, column, first, min(first + length, steps), M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K)",
         ),
     ],
     "counters + tile = tile + counters": [

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ridgeline.backends.cuda.launch import Key, Launch
+from ridgeline.backends.cuda.launch import Key, Launch, describe_in_torchs_memory
 from ridgeline.core.errors import ConfigError
 
 Bytes = npt.NDArray[np.uint8]
@@ -117,6 +117,7 @@ class Device(Protocol):
 
 def launch_now(launches: Sequence[Launch]) -> None:
     """Launches kernels on torch's current stream, by Triton."""
+    describe_in_torchs_memory()
     for launch in launches:
         c = launch.config
         options = {"num_warps": c.num_warps, "num_stages": c.num_stages, "enable_fp_fusion": c.fuse}

@@ -58,7 +58,7 @@ class Tile:
         num_warps, num_stages: as Triton takes them.
         per_sm: programs that fit on a multiprocessor at once, by registers and shared memory.
         swap: w is the tensor core's first operand.
-        specialize: one warp group loads while the other multiplies (sm_90).
+        specialize: one warp group loads while two others multiply, half a tile each (sm_90; num_warps 4 only).
     """
 
     rows: int
@@ -213,7 +213,7 @@ class Product:
 def operands(x: torch.Tensor, w: torch.Tensor, tile: Tile, tma: bool) -> dict[str, Any]:
     """x and w as a kernel takes them: as tensor descriptors or as pointers, with their rows' strides."""
     strides = {"stride_x": x.stride(0), "stride_w": w.stride(0)}
-    if not tma:
+    if not tma or tile.specialize:
         return {"x": x, "w": w, **strides}
     blocks = {"x": (x, tile.block_m), "w": (w, tile.block_n)}
     made = {
@@ -318,6 +318,12 @@ def addresses(base, first, count, stride, BLOCK: tl.constexpr, BLOCK_K: tl.const
     """
     rows = (first + tl.arange(0, BLOCK)) % count
     return base + rows.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_K)[None, :]
+
+
+@triton.jit
+def described(x, rows, K, stride, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x [rows, K], described by the program: the compiler halves its boxes for a specialized loop, never a host's."""
+    return tl.make_tensor_descriptor(x, [rows, K], [stride, 1], [ROWS, BLOCK_K])
 
 
 @triton.jit
@@ -487,7 +493,7 @@ def sum_parts(workspace, row, column, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     at = workspace + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    y = tl.load(at, mask=inside, other=0, cache_modifier=".cg")
-    for part in range(1, SPLIT):
+    y = tl.zeros([BLOCK_M, BLOCK_N], workspace.dtype.element_ty)
+    for part in range(SPLIT):
         y += tl.load(at + (part * M).to(tl.int64) * N, mask=inside, other=0, cache_modifier=".cg")
     return y

@@ -83,6 +83,17 @@ class CardShape:
     traffic: float | None = None
 
 
+def describe_in_torchs_memory() -> None:
+    """Gives Triton torch's memory for the descriptors that programs make, a few hundred bytes each.
+
+    In this thread only (Triton asks a context variable), so it belongs before every launch. Torch keeps the order of a
+    stream, and a captured graph its own memory.
+    """
+    import triton
+
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+
+
 def cdiv(a: int, b: int) -> int:
     """The least integer not under a / b."""
     return -(-a // b)

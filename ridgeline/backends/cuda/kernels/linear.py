@@ -20,6 +20,7 @@ from ridgeline.backends.cuda.gemm import (
     Tile,
     accumulate,
     arrive,
+    described,
     epilogue,
     put_part,
     sum_parts,
@@ -40,16 +41,17 @@ CONFIGS: dict[str, tuple[Tile, ...]] = {
     "sm_90": (
         Tile(16, 16, 64, BLOCK_K["sm_90"], num_warps=4, num_stages=3, per_sm=3, swap=True),
         Tile(64, 64, 128, BLOCK_K["sm_90"], num_warps=4, num_stages=2, per_sm=2),
-        Tile(MANY, 128, 128, BLOCK_K["sm_90"], num_warps=8, num_stages=2, per_sm=1),
+        Tile(MANY, 128, 128, BLOCK_K["sm_90"], num_warps=4, num_stages=3, per_sm=1, specialize=True),
     ),
 }
 """Configurations by architecture, by rows."""
 
 WIDE: dict[str, Tile] = {
     "sm_80": Tile(MANY, 128, 256, BLOCK_K["sm_80"], num_warps=8, num_stages=3, per_sm=1),
-    "sm_90": Tile(MANY, 128, 256, BLOCK_K["sm_90"], num_warps=8, num_stages=2, per_sm=1),
+    "sm_90": Tile(MANY, 128, 256, 64, num_warps=4, num_stages=4, per_sm=1, specialize=True),
 }
-"""For many rows where K is not split: no second accumulator, so that a tile may be twice as wide."""
+"""For many rows where K is not split: no second accumulator, so that a tile may be twice as wide. (Steps along K are
+its own: there are no parts for them to bound.)"""
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -85,6 +87,8 @@ def linear_kernel(
     x [M, K] and w [N, K]: descriptors (TMA) or pointers. A job is a tile, or one of its SPLIT parts (PARALLEL).
     workspace: [SPLIT, M, N] fp32; counters: one int32 for each tile, zero.
     """
+    if SPECIALIZE:
+        x, w = described(x, M, K, stride_x, BLOCK_M, BLOCK_K), described(w, N, K, stride_w, BLOCK_N, BLOCK_K)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
     length = tl.cdiv(steps, SPLIT)
@@ -93,21 +97,21 @@ def linear_kernel(
         tile = job // SPLIT if PARALLEL else job
         part = job % SPLIT if PARALLEL else 0
         row, column = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
-        first = part * length
-        last = min(first + length, steps)
-        y = accumulate(
-            x, w, row, column, first, last, M, N, K, stride_x, stride_w,
-            BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K,
-        )  # fmt: skip
         done = True
         if PARALLEL:
+            first = part * length
+            y = accumulate(
+                x, w, row, column, first, min(first + length, steps), M, N, K, stride_x, stride_w,
+                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K,
+            )  # fmt: skip
             put_part(y, workspace, part, row, column, M, N, BLOCK_M, BLOCK_N)
             done = arrive(counters, tile, SPLIT)
         else:
-            for later in range(1, SPLIT):
-                last = min((later + 1) * length, steps)
+            y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for one in range(SPLIT):
+                first = one * length
                 y += accumulate(
-                    x, w, row, column, later * length, last, M, N, K, stride_x, stride_w,
+                    x, w, row, column, first, min(first + length, steps), M, N, K, stride_x, stride_w,
                     BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K,
                 )  # fmt: skip
         if done:

@@ -31,6 +31,7 @@ from ridgeline.backends.cuda.gemm import (
     Tile,
     addresses,
     arrive,
+    described,
     epilogue,
     put_part,
     sum_parts,
@@ -55,7 +56,7 @@ CONFIGS: dict[str, tuple[Tile, ...]] = {
     "sm_90": (
         Tile(16, 16, 64, BLOCK, num_warps=4, num_stages=6, per_sm=3, swap=True),
         Tile(64, 64, 128, BLOCK, num_warps=4, num_stages=2, per_sm=2),
-        Tile(MANY, 128, 128, BLOCK, num_warps=8, num_stages=3, per_sm=1),
+        Tile(MANY, 128, 128, BLOCK, num_warps=4, num_stages=5, per_sm=1, specialize=True),
     ),
 }
 """Configurations by architecture, by rows."""
@@ -90,6 +91,7 @@ def _sum(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     DECODE: tl.constexpr,
@@ -107,7 +109,7 @@ def _sum(
         groups = tl.cdiv(K, BLOCK_K)
         x_scale_at = x_scale + ((row + tl.arange(0, BLOCK_M)) % M).to(tl.int64) * groups
         w_scale_at = w_scale + (column // 128) * groups  # a tile lies within one block: BLOCK_N divides 128
-    for step in range(first, last):
+    for step in tl.range(first, last, warp_specialize=SPECIALIZE):
         k = step * BLOCK_K
         if TMA:
             a, b = x.load([row, k]), w.load([column, k])
@@ -173,6 +175,8 @@ def linear_fp8_kernel(
     workspace: [SPLIT, M, N] fp32; counters: one int32 for each tile, zero.
     """
     BLOCKED: tl.constexpr = SCALING == "block"
+    if SPECIALIZE:
+        x, w = described(x, M, K, stride_x, BLOCK_M, BLOCK_K), described(w, N, K, stride_w, BLOCK_N, BLOCK_K)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
     length = tl.cdiv(steps, SPLIT)
@@ -181,22 +185,22 @@ def linear_fp8_kernel(
         tile = job // SPLIT if PARALLEL else job
         part = job % SPLIT if PARALLEL else 0
         row, column = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
-        first = part * length
-        last = min(first + length, steps)
-        y = _sum(
-            x, w, x_scale, w_scale, row, column, first, last, M, N, K, stride_x, stride_w,
-            BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, EVEN_K, DECODE, BLOCKED,
-        )  # fmt: skip
         done = True
         if PARALLEL:
+            first = part * length
+            y = _sum(
+                x, w, x_scale, w_scale, row, column, first, min(first + length, steps), M, N, K, stride_x, stride_w,
+                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED,
+            )  # fmt: skip
             put_part(y, workspace, part, row, column, M, N, BLOCK_M, BLOCK_N)
             done = arrive(counters, tile, SPLIT)
         else:
-            for later in range(1, SPLIT):
-                last = min((later + 1) * length, steps)
+            y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for one in range(SPLIT):
+                first = one * length
                 y += _sum(
-                    x, w, x_scale, w_scale, row, column, later * length, last, M, N, K, stride_x, stride_w,
-                    BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, EVEN_K, DECODE, BLOCKED,
+                    x, w, x_scale, w_scale, row, column, first, min(first + length, steps), M, N, K, stride_x, stride_w,
+                    BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED,
                 )  # fmt: skip
         if done:
             if PARALLEL:

@@ -24,6 +24,7 @@ from ridgeline.backends.cuda.gemm import (
     Tile,
     accumulate,
     arrive,
+    described,
     epilogue,
     put_part,
     sum_parts,
@@ -50,7 +51,7 @@ CONFIGS: dict[str, tuple[Tile, ...]] = {
     "sm_90": (
         Tile(16, 16, 64, FEW_K, num_warps=4, num_stages=3, per_sm=3, swap=True),
         Tile(64, 64, 128, BLOCK_K, num_warps=4, num_stages=3, per_sm=2),
-        Tile(MANY, 128, 256, BLOCK_K, num_warps=8, num_stages=4, per_sm=1),
+        Tile(MANY, 128, 256, BLOCK_K, num_warps=4, num_stages=4, per_sm=1, specialize=True),
     ),
 }
 """Configurations by architecture, by rows."""
@@ -91,6 +92,8 @@ def linear_int8_kernel(
     x [M, K] and w [N, K] int8: descriptors (TMA) or pointers; x_scale [M], w_scale [N] fp32.
     workspace: [SPLIT, M, N] int32; counters: one int32 for each tile, zero.
     """
+    if SPECIALIZE:
+        x, w = described(x, M, K, stride_x, BLOCK_M, BLOCK_K), described(w, N, K, stride_w, BLOCK_N, BLOCK_K)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
     parts = SPLIT if PARALLEL else 1

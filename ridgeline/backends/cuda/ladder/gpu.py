@@ -12,7 +12,7 @@ import torch
 
 from ridgeline.backends.cuda.ladder.card import DEVICES
 from ridgeline.backends.cuda.ladder.table import KERNELS
-from ridgeline.backends.cuda.launch import ARCHS, CardShape, Launch
+from ridgeline.backends.cuda.launch import ARCHS, CardShape, Launch, describe_in_torchs_memory
 from ridgeline.core.errors import ConfigError
 from ridgeline.core.hardware import DATASHEET
 
@@ -74,6 +74,7 @@ def on_device(launch: Launch, device: str, seed: int = 0) -> Launch:
 
 def run(launches: list[Launch]) -> None:
     """Launches kernels on the current stream."""
+    describe_in_torchs_memory()
     for launch in launches:
         c = launch.config
         launch.kernel[launch.grid](
