@@ -81,6 +81,14 @@ def _is_setup(opcodes: tuple[str, ...]) -> bool:
     return any(op.startswith("MUFU.RCP") for op in opcodes)
 
 
+def specialized(code: Code) -> list[tuple[int, int]]:
+    """The loops that warp groups of one kernel run side by side: one that loads, others that multiply; or none."""
+    loops = innermost(code)
+    multiply = [span for span in loops if code.classes(*span)["tensor"]]
+    load = [s for s in loops if s not in multiply and "UTMALDG" in map(base, code.opcodes[s[0] : s[1] + 1])]
+    return load + multiply if load and len(multiply) > 1 else []
+
+
 def hot_part(code: Code, jumps: list[tuple[int, int]]) -> list[int]:
     """Places of the hottest loop that run in each of its steps; none without tensor cores."""
     span = code.hot_loop()
@@ -93,8 +101,8 @@ def hot_part(code: Code, jumps: list[tuple[int, int]]) -> list[int]:
 def issued(sass: str, warps: int, runs: Runs) -> float:
     """Instructions that all warps of a launch issue.
 
-    The hottest loop runs until its tensor-core instructions have done the operations; all else once a job, whatever
-    branch it lies on; what follows an atomic arrival, once a tile.
+    The hottest loop, or those of specialized warp groups together, run until their tensor-core instructions have done
+    the operations; all else once a job, whatever branch it lies on; what follows an atomic arrival, once a tile.
     """
     code, jumps = parse(sass), skips(sass)
     weights = [1.0] * len(code.opcodes)
@@ -109,6 +117,9 @@ def issued(sass: str, warps: int, runs: Runs) -> float:
             for place in range(span[0], span[1] + 1):
                 weights[place] = runs.folds / runs.parts
     hot = hot_part(code, jumps)
+    if groups := specialized(code):  # each group of warps runs its own loop, and its own share of the rest
+        warps //= len(groups)
+        hot = [place for span in groups for place in range(span[0], span[1] + 1)]
     if hot and runs.operations:
         done = sum(operations_of(code.opcodes[i]) for i in hot if is_tensor(code.opcodes[i]))
         for place in hot:

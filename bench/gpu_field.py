@@ -15,6 +15,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import gpu_peers
@@ -244,8 +245,9 @@ def main() -> int:
         print(f"not there: {', '.join(gpu_peers.missing())}; python bench/gpu_field.py --install", file=sys.stderr)
         return 2
     names = [o.name for o in operators() if args.op.lower() in o.name.lower()]
-    tasks = [(name, arch) for name in names for arch in args.arch or ARCHS]
-    results: list[Measured] = [m for found in in_process(compare, tasks, args.jobs) for m in found]
+    # Peers look up their device once: processes of their own for each architecture.
+    runs = [in_process(compare, [(name, arch) for name in names], args.jobs) for arch in args.arch or ARCHS]
+    results: list[Measured] = [m for found in chain(*runs) for m in found]
     if args.markdown:
         print(markdown(results))
     else:

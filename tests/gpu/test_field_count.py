@@ -30,6 +30,22 @@ FLAT = listing(
 """A loop over tiles and K together: the stores of a tile's end are jumped over in every other step."""
 
 
+SPECIALIZED = listing(
+    "@P0 BRA 0x40",
+    "UTMALDG.2D [UR4], [UR6]",
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R1], R2",
+    "@P1 BRA 0x10",
+    "@P2 BRA 0x80",
+    "HGMMA.64x128x16.F32.BF16 R4, gdesc[UR4], R4",
+    "@P3 BRA 0x50",
+    "EXIT",
+    "HGMMA.64x128x16.F32.BF16 R4, gdesc[UR4], R4",
+    "@P4 BRA 0x80",
+    "EXIT",
+)
+"""Three groups of four warps: one loads, two multiply half a tile each."""
+
+
 @pytest.mark.parametrize(
     ("opcode", "operations"),
     [("HMMA.16816.F32.BF16", 4096), ("IMMA.16832.S8.S8", 8192), ("HGMMA.64x128x16.F32.BF16", 65536)],
@@ -54,3 +70,10 @@ def test_what_follows_the_arrival_is_the_last_parts_alone() -> None:
 def test_ways_that_part_for_good_are_weighed() -> None:
     code = listing("MOV R1, R2", "@P0 BRA 0x40", "STG.E [R2.64], R4", "EXIT", "MOV R1, R3", "MOV R2, R3", "EXIT")
     assert issued(code, 1, Runs(10, branch=0.8)) == pytest.approx(10 * (2 + 0.8 * 2 + 0.2 * 3))
+
+
+def test_specialized_groups_run_their_own_loops() -> None:
+    """Ten steps of a 128 x 128 tile: 3 instructions of the loading group, 2 of each other, and the rest once."""
+    steps, groups = 10, 4
+    runs = Runs(jobs=1, operations=steps * 2.0 * 128 * 128 * 16)
+    assert issued(SPECIALIZED, 12, runs) == groups * (steps * (3 + 2 + 2) + 4)

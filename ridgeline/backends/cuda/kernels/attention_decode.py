@@ -5,8 +5,9 @@ the keys' reads) and every n-th chunk of 256 absolute positions. A chunk's parti
 program that arrives last at the rows' counter folds the partials in chunk order. Both come from the prefill kernel,
 whose text says why a row's bits are the same here and there; how many programs share a request's chunks cannot matter.
 
-Rows are padded to 16 on Ampere, where four warps share the keys and the value columns, and to 64 on Hopper, the least
-that wgmma takes: 64 operations a byte, a fifth of what the tensor cores do in the time.
+Rows are padded to 16 on Ampere, where four warps share the keys and the value columns. Hopper's wgmma takes 64 rows at
+least: there scores and values are computed turned (``attend_turned``), so that keys are the 64, and 16 rows will do.
+Over an 8-bit cache a tile has 32 keys (more would spill in prefill, whose tiles they share), and 64 rows.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ridgeline.backends.cuda.kernels.attention_prefill import (
     find_tile,
     key_bytes,
     meta_tensors,
+    operand,
     seen_by,
     shape_of,
     tiles,
@@ -38,6 +40,9 @@ from ridgeline.backends.cuda.launch import CardShape, Config, Launch, cdiv
 
 PROGRAMS = {"sm_80": 16 * 108, "sm_90": 16 * 132}
 """How many programs a launch is split into at least, if its requests have so many chunks."""
+
+WGMMA_ROWS, FEW_ROWS = 64, 16
+"""Rows of a Hopper tensor-core instruction, and of the least tile of queries."""
 
 MERGE_ROWS = 8
 """Rows that the last program folds at a time: enough for the heads of a KV head of most models."""
@@ -73,6 +78,54 @@ def fold(
         o_all = add(o_all, before[:, None], o, tl.broadcast_to(now[:, None], o.shape))
     result = o_all * (v_scale / l_all)[:, None]
     tl.store(to[:, None] + at, result.to(to.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def attend_turned(
+    q1, q2, k_head, v_head, k_scales, v_scales, table, start, low, high, positions, m, l, o1, o2,
+    block_stride, token_stride, scale_stride, scale, cap_scale, window,
+    D1: tl.constexpr, D2: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr, KIND: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """``attend`` with keys and values as the tensor cores' first operand: scores [BLOCK_N, M], o1 [D1, M], l [16, M].
+
+    The same sums of the same products in the same order; wgmma's 64 rows are keys and columns of values, its least of
+    8 columns the rows of a few query heads.
+    """
+    keys = start + tl.arange(0, BLOCK_N)
+    seen = (keys >= low) & (keys < high)
+    blocks = tl.load(table + keys // PAGE, mask=seen, other=0).to(tl.int64)
+    at = (blocks * block_stride + (keys % PAGE) * token_stride)[:, None]
+    live = seen[:, None]
+    k = tl.load(k_head + at + tl.arange(0, D1)[None, :], mask=live, other=0)
+    s = tl.dot(operand(k, KIND, q1.dtype), tl.trans(q1))
+    if D2 > 0:
+        k = tl.load(k_head + at + (D1 + tl.arange(0, D2)[None, :]), mask=live, other=0)
+        s = tl.dot(operand(k, KIND, q1.dtype), tl.trans(q2), s)
+    if KIND == 1:
+        scale_at = blocks * scale_stride + keys % PAGE
+        s = s * tl.load(k_scales + scale_at, mask=seen, other=0.0)[:, None]
+    if HAS_CAP:  # tanh(x) = 1 - 2 / (exp(2x) + 1); scale is then the cap's
+        s = tl.fma(1.0 / (tl.exp2(s * cap_scale) + 1.0), -2.0, 1.0)
+    row, last = tl.arange(0, BLOCK_N)[:, None], (positions - start)[None, :]
+    visible = row <= last
+    if HAS_WINDOW:
+        visible = visible & (row > last - window)
+    s = tl.where(visible, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, axis=0) * scale)
+    reference = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(tl.fma(s, tl.full(s.shape, scale, tl.float32), tl.broadcast_to(-reference[None, :], s.shape)))
+    weights = p.to(q1.dtype)
+    alpha = tl.exp2(m - reference)
+    l = tl.dot(tl.full([16, BLOCK_N], 1.0, q1.dtype), weights, l * alpha[None, :])
+    if KIND == 1:
+        weights = (p * tl.load(v_scales + scale_at, mask=seen, other=0.0)[:, None]).to(q1.dtype)
+    v = tl.load(v_head + at + tl.arange(0, D1)[None, :], mask=live, other=0)
+    o1 = tl.dot(tl.trans(operand(v, KIND, q1.dtype)), weights, o1 * alpha[None, :])
+    if D2 > 0:
+        v = tl.load(v_head + at + (D1 + tl.arange(0, D2)[None, :]), mask=live, other=0)
+        o2 = tl.dot(tl.trans(operand(v, KIND, q1.dtype)), weights, o2 * alpha[None, :])
+    return m_new, l, o1, o2
 
 
 @triton.jit(do_not_specialize=["requests", "up_to", "splits", "max_chunks", "table_stride", "window"])
@@ -119,6 +172,7 @@ def decode_kernel(
     KIND: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
     """Program (tile, KV head, split): chunks split, split + splits, ... of those that the tile's rows see."""
     STEPS: tl.constexpr = CHUNK // BLOCK_N
@@ -148,9 +202,14 @@ def decode_kernel(
         q2 = tl.load(from_q + (D1 + tl.arange(0, D2)[None, :]), mask=live[:, None], other=0.0)
     entries = ((first + token).to(tl.int64) * (tl.num_programs(1) * GROUP) + head) * max_chunks
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M, 8], tl.float32)
-    o1 = tl.zeros([BLOCK_M, D1], tl.float32)
-    o2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
+    if TURNED:
+        l = tl.zeros([16, BLOCK_M], tl.float32)
+        o1 = tl.zeros([D1, BLOCK_M], tl.float32)
+        o2 = tl.zeros([D2 if D2 > 0 else 16, BLOCK_M], tl.float32)
+    else:
+        l = tl.zeros([BLOCK_M, 8], tl.float32)
+        o1 = tl.zeros([BLOCK_M, D1], tl.float32)
+        o2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
     k_head = k_cache + kv_head.to(tl.int64) * head_stride
     v_head = v_cache + kv_head.to(tl.int64) * head_stride
     k_scales, v_scales = k_scales + kv_head * scale_head_stride, v_scales + kv_head * scale_head_stride
@@ -158,19 +217,26 @@ def decode_kernel(
     for step in range(0, tl.cdiv(chunks - split, splits) * STEPS):  # one loop, so that loads run ahead over chunks
         chunk = split + step // STEPS * splits
         start = (first_chunk + chunk) * CHUNK + step % STEPS * BLOCK_N
-        m, l, o1, o2 = attend(
-            q1, q2, k_head, v_head, k_scales, v_scales, table, start, low, high, cached + token, m, l, o1, o2,
-            block_stride, token_stride, scale_stride, scale, cap_scale, window,
-            D1, D2, D1, D2, PAGE, BLOCK_N, KIND, HAS_WINDOW, HAS_CAP,
-        )  # fmt: skip
+        if TURNED:
+            m, l, o1, o2 = attend_turned(
+                q1, q2, k_head, v_head, k_scales, v_scales, table, start, low, high, cached + token, m, l, o1, o2,
+                block_stride, token_stride, scale_stride, scale, cap_scale, window,
+                D1, D2, PAGE, BLOCK_N, KIND, HAS_WINDOW, HAS_CAP,
+            )  # fmt: skip
+        else:
+            m, l, o1, o2 = attend(
+                q1, q2, k_head, v_head, k_scales, v_scales, table, start, low, high, cached + token, m, l, o1, o2,
+                block_stride, token_stride, scale_stride, scale, cap_scale, window,
+                D1, D2, D1, D2, PAGE, BLOCK_N, KIND, HAS_WINDOW, HAS_CAP,
+            )  # fmt: skip
         if (step + 1) % STEPS == 0:
             entry = entries + chunk
             tl.store(stats + 2 * entry, m, mask=live)
-            tl.store(stats + 2 * entry + 1, tl.max(l, axis=1), mask=live)
+            tl.store(stats + 2 * entry + 1, tl.max(l, axis=0 if TURNED else 1), mask=live)
             to = partials + entry[:, None] * (D1 + D2)
-            tl.store(to + tl.arange(0, D1)[None, :], o1, mask=live[:, None])
+            tl.store(to + tl.arange(0, D1)[None, :], o1.T if TURNED else o1, mask=live[:, None])
             if D2 > 0:
-                tl.store(to + (D1 + tl.arange(0, D2)[None, :]), o2, mask=live[:, None])
+                tl.store(to + (D1 + tl.arange(0, D2)[None, :]), o2.T if TURNED else o2, mask=live[:, None])
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the next tile counts the rest of the partial 0 times
     tl.debug_barrier()  # every thread's stores come before the one thread's atomic
     counter = counters + tl.program_id(0) * tl.num_programs(1) + kv_head
@@ -187,6 +253,11 @@ def decode_kernel(
                 fold(partials, stats, entry, chunks, to, alive, v_scale, D1, D1 + D2, D2, MERGE_ROWS)
 
 
+def _turned(head_dim: int) -> tuple[int, int, int]:
+    """Rows, warps and stages of a tile whose keys are the tensor cores' first operand."""
+    return FEW_ROWS, 4 if head_dim <= 128 else 8, 3
+
+
 def workspace(
     tokens: int, requests: int, heads: int, kv_heads: int, head_dim: int, max_context: int, arch: str
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -195,8 +266,7 @@ def workspace(
     Counters are 0 before the first launch, and again after each.
     """
     chunks = cdiv(max_context, CHUNK)
-    rows = shape_of(head_dim, arch).decode[0]
-    count = tiles(tokens, requests, heads // kv_heads, rows) * kv_heads
+    count = tiles(tokens, requests, heads // kv_heads, FEW_ROWS) * kv_heads  # with more rows a tile, fewer
     return (tokens * heads * chunks, head_dim), (tokens * heads * chunks, 2), (count,)
 
 
@@ -247,13 +317,15 @@ def attention_decode(
             raise ValueError(f"attention_decode: a workspace of {tuple(tensor.shape)}, {least} needed")
     tables = (block_tables, slots, query_starts, context_lens)
     args, meta = common_args(q, k_cache, v_cache, tables, out, scale, window, soft_cap, scales, tensor_scales)
-    rows, _, warps, stages = shape.decode
+    keys = shape.keys[meta["KIND"] != PLAIN]
+    turned = arch == "sm_90" and keys >= WGMMA_ROWS
+    rows, warps, stages = _turned(head_dim) if turned else (shape.decode[0], *shape.decode[2:])
     count = tiles(tokens, requests, heads // kv_heads, rows)
     chunks = cdiv(max_context, CHUNK)
     splits = max(1, min(chunks, cdiv(PROGRAMS[arch], count * kv_heads)))
     args |= {"partials": partials, "stats": stats, "counters": counters, "max_chunks": chunks, "splits": splits}
     args["up_to"] = (1 << 30) if up_to is None else up_to
-    meta |= {"BLOCK_M": rows, "BLOCK_N": shape.keys[meta["KIND"] != PLAIN], "MERGE_ROWS": MERGE_ROWS}
+    meta |= {"BLOCK_M": rows, "BLOCK_N": keys, "MERGE_ROWS": MERGE_ROWS, "TURNED": turned}
     written, updated = (("out",), ()) if up_to is None else ((), ("out",))
     updated = (*updated, "partials", "stats", "counters")
     return [Launch(decode_kernel, (count, kv_heads, splits), args, Config(meta, warps, stages), written, updated)]

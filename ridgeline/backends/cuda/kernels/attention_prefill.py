@@ -9,8 +9,8 @@ kernel computes partials with the same function, ``attend``, over tiles of the s
 ``merge``; so a row's bits do not depend on which kernel computes it, nor on how its prefill is cut. This needs:
 - What a row does not see changes nothing: masked scores are -inf, their probabilities 0, a factor of a tile or a chunk
   without visible keys is exactly 1. A program may therefore skip such tiles or not.
-- Tensor cores sum over head dimensions and over keys in one order whatever the rows of a tile. On Hopper both kernels
-  use wgmma, so decode pads its rows to 64: that costs a fifth of the tensor cores' time under what memory allows.
+- Tensor cores sum over head dimensions and over keys in one order whatever the rows of a tile, and whichever operand
+  comes first. On Hopper both kernels use wgmma.
 - l is a matrix product too, with ones: no sum depends on how a tile lies in threads. It adds up what weighs the values,
   and it costs less than the sum of the rounded probabilities would.
 - Every a * b + c is an explicit fma: nothing is left to the compiler's choice.

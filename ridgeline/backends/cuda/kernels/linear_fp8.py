@@ -54,7 +54,7 @@ CONFIGS: dict[str, tuple[Tile, ...]] = {
         Tile(MANY, 128, 64, BLOCK, num_warps=8, num_stages=4, per_sm=1),
     ),
     "sm_90": (
-        Tile(16, 16, 64, BLOCK, num_warps=4, num_stages=6, per_sm=3, swap=True),
+        Tile(16, 16, 128, BLOCK, num_warps=4, num_stages=4, per_sm=3, swap=True),
         Tile(64, 64, 128, BLOCK, num_warps=4, num_stages=2, per_sm=2),
         Tile(MANY, 128, 128, BLOCK, num_warps=4, num_stages=5, per_sm=1, specialize=True),
     ),

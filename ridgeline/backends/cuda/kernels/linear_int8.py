@@ -30,7 +30,7 @@ from ridgeline.backends.cuda.gemm import (
     sum_parts,
     tile_origin,
 )
-from ridgeline.backends.cuda.launch import CardShape, Launch
+from ridgeline.backends.cuda.launch import CardShape, Launch, cdiv
 
 KIND = "int8"
 """Whose peak rate bounds it."""
@@ -38,8 +38,8 @@ KIND = "int8"
 BLOCK_K = 128
 """Values of K in a step: 128 bytes, the widest swizzle of shared memory."""
 
-FEW_K = 256
-"""The same of one to 16 rows on sm_90, where the loop's own instructions weigh most; integer sums are exact in any
+FEW_ROWS, FEW_K = 16, 256
+"""The same of up to 16 rows on sm_90, where the loop's own instructions weigh most; integer sums are exact in any
 order, so a row's bits do not hang on it. The split over K is counted in these, the longest steps there are."""
 
 CONFIGS: dict[str, tuple[Tile, ...]] = {
@@ -126,6 +126,20 @@ def split_of(n: int, k: int) -> int:
     return gemm.split_k(n, k, FEW_K, least=512)
 
 
+def _parts(m: int, n: int, k: int, tile: Tile, arch: str) -> int:
+    """Parts along K of a product of ``m`` rows: as many as keep the memory busy, for each is written and read again.
+
+    Sums of integers are exact, so that, unlike in other products, M may decide.
+    """
+    parts, most = 1, split_of(n, k)
+    if m <= FEW_ROWS:
+        return most
+    programs, steps = cdiv(m, tile.block_m) * cdiv(n, tile.block_n), cdiv(k, tile.block_k)
+    while parts < most and programs * parts < 0.6 * gemm.SMS[arch]:
+        parts = min(2 * parts, most)
+    return cdiv(steps, cdiv(steps, parts))
+
+
 def linear_int8_scratch(m: int, n: int, k: int) -> Scratch:
     """Scratch that ``linear_int8`` needs for [m, k] by [n, k]."""
     return gemm.scratch(m, n, split_of(n, k))
@@ -163,7 +177,7 @@ def linear_int8(
     args = gemm.operands(x, w, tile, tma)
     args |= {"x_scale": x_scale, "w_scale": w_scale, **after.args()}
     meta = {"TMA": tma, "EVEN_K": k % tile.block_k == 0, "SILU_MUL": after.silu_mul}
-    product = Product(linear_int8_kernel, arch, m, n, k, tile, split_of(n, k), torch.int32)
+    product = Product(linear_int8_kernel, arch, m, n, k, tile, _parts(m, n, k, tile, arch), torch.int32)
     return [product.launch(args, out, workspace, counters, **meta)]
 
 
