@@ -96,7 +96,7 @@ def _on_gpu(plan: Any, config: EngineConfig, device: str, batch: int, context: i
     longest = -(-context // config.block_size) * config.block_size
     launched = {}
     for op, launches in choices.chosen(plan, arch, batch, False, longest, config.max_num_seqs):
-        launched[perf.label_of(op)] = (len(launches), *choices.describe(launches))
+        launched[op.label] = (len(launches), *choices.describe(launches))
     memory = perf.Memory(
         perf.device_memory(device),
         choices.weights_bytes(plan),
