@@ -62,12 +62,13 @@ def _measure(config: EngineConfig, batch: int, context: int) -> OpTable:
     """Decode steps of the model, timed."""
     from ridgeline.engine.load import load_runtime
     from ridgeline.perf.profile import run_profile
+    from ridgeline.perf.work import Shape
 
     if config.num_kv_blocks is None and config.kv_cache_bytes is None:
         blocks = batch * -(-(context + 8 * MEASURED_STEPS) // config.block_size)
         options = {f.name: getattr(config, f.name) for f in fields(config)}
         config = EngineConfig(**{**options, "num_kv_blocks": blocks})
-    return run_profile(load_runtime(config), 0, [batch], context, MEASURED_STEPS)[0]
+    return run_profile(load_runtime(config), [Shape(batch, context)], MEASURED_STEPS)[0]
 
 
 def _report(

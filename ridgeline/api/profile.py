@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +17,10 @@ from ridgeline.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from ridgeline.perf.operators import OpRow, OpTable
+    from ridgeline.perf.work import Shape
+
+NSIGHT_STEPS = {"nsys": 32, "ncu": 2}
+"""Most steps of each shape that a tool looks at: Nsight Compute runs every kernel several times."""
 
 Model = Annotated[str, typer.Argument(help="an alias (smollm2) or the path of a GGUF file")]
 
@@ -28,6 +35,9 @@ def profile(
     output: Annotated[
         str, typer.Option("-o", "--output", help="table, or json for one line of it after the tables")
     ] = "table",
+    nsys: Annotated[bool, typer.Option("--nsys", help="on a GPU: time kernels with NVIDIA Nsight Systems")] = False,
+    ncu: Annotated[bool, typer.Option("--ncu", help="on a GPU: count with NVIDIA Nsight Compute; slow")] = False,
+    only_steps: Annotated[bool, typer.Option("--only-steps", hidden=True)] = False,
     *,
     engine: dict[str, Any],
 ) -> None:
@@ -35,14 +45,79 @@ def profile(
     if output not in ("table", "json"):
         raise ConfigError(f"--output must be table or json, got {output!r}")
     batches = numbers("--batch", batch)
+    if nsys and ncu:
+        raise ConfigError("--nsys and --ncu are two tools: give one of them")
     if html is not None and not html.parent.is_dir():
         raise ConfigError(f"--html {html}: there is no folder {html.parent}")
-    EngineConfig(model=model, **engine)  # refused before anything is loaded
-    from ridgeline.api.llm import LLM
-    from ridgeline.perf.profile import run_profile
+    tool = "nsys" if nsys else "ncu" if ncu else None
+    config = EngineConfig(model=model, **engine)
+    _check_backend(config, tool)
+    from ridgeline.perf.work import shapes_of
 
-    tables = run_profile(LLM(model, **engine).runtime, prompt, batches, context, steps)
-    show(tables, f"{model}, {engine['threads'] or 'all'} threads", html, output)
+    shapes = shapes_of(prompt, batches, context)
+    if only_steps:
+        from ridgeline.engine.load import load_runtime
+        from ridgeline.perf.profile_gpu import run_steps
+
+        run_steps(load_runtime(config), shapes, steps)
+        return
+    tables = _under(tool, config, shapes, steps) if tool else _measured(config, shapes, steps)
+    where = "on a GPU" if config.backend == "cuda" else f"{config.threads or 'all'} threads"
+    show(tables, f"{model}, {where}{f', {tool}' if tool else ''}", html, output)
+
+
+def _check_backend(config: EngineConfig, tool: str | None) -> None:
+    """What has no clock or no kernels is refused before anything is loaded."""
+    if config.backend == "reference":
+        raise ConfigError("the reference backend has no counters: profile the cpu backend, or cuda on a GPU")
+    if config.backend == "cuda" and config.device == "emulated":
+        raise ConfigError("the emulated device has no time to measure: profile on a GPU, or the cpu backend")
+    if tool is not None and config.backend != "cuda":
+        raise ConfigError(f"--{tool} looks at a GPU's kernels: give --backend cuda, or leave it out")
+
+
+def _measured(config: EngineConfig, shapes: Sequence[Shape], steps: int) -> list[OpTable]:
+    """By our own clocks."""
+    from ridgeline.engine.load import load_runtime
+
+    if config.backend == "cpu":
+        from ridgeline.perf.profile import run_profile
+
+        return run_profile(load_runtime(config), shapes, steps)
+    from ridgeline.perf.profile_gpu import run_gpu_profile
+
+    return run_gpu_profile(load_runtime(config), shapes, steps)
+
+
+def _under(tool: str, config: EngineConfig, shapes: Sequence[Shape], steps: int) -> list[OpTable]:
+    """By Nsight, which runs this command again with ``--only-steps``."""
+    from ridgeline.perf import nsight
+
+    nsight.require_tool(tool)
+    from ridgeline.backends.cuda.opening import open_device
+    from ridgeline.core.hardware import datasheet_of
+    from ridgeline.engine.planning import plan_for_cuda
+    from ridgeline.models.description import describe
+
+    peaks = datasheet_of(open_device("gpu").name())
+    steps = min(steps, NSIGHT_STEPS[tool])
+    with tempfile.TemporaryDirectory(prefix="ridgeline-") as folder:
+        found = nsight.record(tool, child(config, shapes, steps), Path(folder))
+    plan, _ = plan_for_cuda(describe(config.model), config)
+    return nsight.tables(found, shapes, steps, plan, config.max_num_batched_tokens, peaks, tool)
+
+
+def child(config: EngineConfig, shapes: Sequence[Shape], steps: int) -> list[str]:
+    """The command line of the process that Nsight looks at: the same steps, in ranges, without graphs."""
+    from ridgeline.perf.bench import flags_of
+
+    values = {f.name: getattr(config, f.name) for f in fields(config)} | {"nvtx": True, "cuda_graphs": False}
+    prompts = [shape.length for shape in shapes if not shape.decodes]
+    decodes = [shape for shape in shapes if shape.decodes]
+    words = [sys.executable, "-m", "ridgeline", "profile", config.model, "--only-steps", "-n", str(steps)]
+    words += ["-p", str(prompts[0] if prompts else 0), "-b", ",".join(str(shape.batch) for shape in decodes)]
+    words += ["--context", str(decodes[0].length)] if decodes else []
+    return words + flags_of(EngineConfig(**values))
 
 
 def numbers(flag: str, text: str) -> list[int]:

@@ -38,12 +38,16 @@ def within(ranges: Ranges, name: str, call: Callable[..., Any]) -> Callable[...,
 
 def trace(ranges: Ranges, methods: Sequence[tuple[str, Any, str]]) -> Callable[[], None]:
     """Puts methods of objects, given as (range, object, method), in ranges until what is returned is called."""
+    before = [vars(owner).get(method) for _, owner, method in methods]
     for name, owner, method in methods:
         setattr(owner, method, within(ranges, name, getattr(owner, method)))
 
     def undo() -> None:
-        for _, owner, method in methods:
-            delattr(owner, method)  # the class's own is there again
+        for (_, owner, method), old in zip(methods, before, strict=True):
+            if old is None:
+                delattr(owner, method)  # the class's own is there again
+            else:
+                setattr(owner, method, old)  # in the ranges of who traced it before
 
     return undo
 

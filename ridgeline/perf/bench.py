@@ -252,7 +252,7 @@ def _fresh_process(runtime: Runtime, repetitions: int) -> tuple[float, float]:
 def _child(runtime: Runtime, prompt: str, number: int) -> tuple[float, float]:
     command = [sys.executable, "-c", _CHILD, "run", runtime.config.model, "-p", prompt, "-n", str(number)]
     command += ["--ignore-eos", "--temperature", "0"]
-    command += _flags(runtime.config)
+    command += flags_of(runtime.config)
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -265,7 +265,7 @@ def _child(runtime: Runtime, prompt: str, number: int) -> tuple[float, float]:
     return first, int(messages.rpartition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
 
-def _flags(config: EngineConfig) -> list[str]:
+def flags_of(config: EngineConfig) -> list[str]:
     """The command-line flags that make a configuration, but for its model."""
     changed = [(f.name, getattr(config, f.name)) for f in fields(config) if getattr(config, f.name) != f.default]
     words = []

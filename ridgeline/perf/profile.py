@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ridgeline.core.errors import ConfigError, RidgelineError
+from ridgeline.core.errors import ConfigError
 from ridgeline.core.hardware import Peaks
 from ridgeline.engine.load import Runtime
 from ridgeline.graph.cost import Load
-from ridgeline.perf.bench import greedy, need_room, random_prompt
 from ridgeline.perf.machine import Neighbours, better, measure_peaks
 from ridgeline.perf.operators import OpRow, OpTable, operator_costs, ordered
+from ridgeline.perf.work import WARM, Shape, Work, check_shapes
 
 Float64 = npt.NDArray[np.float64]
 
@@ -170,98 +170,28 @@ def _host_rows(samples: Sequence[Sample]) -> list[OpRow]:
     return [OpRow(name, "host", 1, max(0.0, seconds)) for name, seconds in parts.items()]
 
 
-def run_profile(runtime: Runtime, prompt: int, batches: Sequence[int], context: int, steps: int) -> list[OpTable]:
-    """Tables of a prefill of ``prompt`` tokens (0: none) and of decode steps at each batch size.
+def run_profile(runtime: Runtime, shapes: Sequence[Shape], steps: int) -> list[OpTable]:
+    """A table for each shape.
 
     Args:
-        context: tokens in the cache of each request halfway through the decode steps.
-        steps: decode steps with counters, and as many without; prefills are a sixteenth of that, at least 4.
+        steps: decode steps with counters, and as many without; prompts are a sixteenth of that, at least 4.
 
     Raises ConfigError for what the engine cannot hold, or a backend without counters.
     """
-    check_profile(runtime, prompt, batches, context, steps)
+    check_shapes(runtime, shapes, 2 * steps + WARM)
     peaks = measure_peaks(runtime.config.threads, runtime.config.isa)
-    measured = [profile_prefill(runtime, prompt, max(4, steps // 16))] if prompt else []
-    measured += [profile_decode(runtime, batch, context, steps) for batch in batches]
+    measured = [_measure(runtime, shape, steps if shape.decodes else max(4, steps // 16)) for shape in shapes]
     peaks = better(peaks, measure_peaks(runtime.config.threads, runtime.config.isa))
     return [table(peaks) for table in measured]
 
 
-def check_profile(runtime: Runtime, prompt: int, batches: Sequence[int], context: int, steps: int) -> None:
-    """Raises ConfigError for sizes that make no sense or do not fit."""
-    limits = runtime.engine.limits
-    if prompt < 0 or context < 1 or steps < 1 or min(batches, default=1) < 1:
-        raise ConfigError("profile needs a prompt of at least 0, and batches, a context and steps of at least 1")
-    if not prompt and not batches:
-        raise ConfigError("nothing to profile: give -p a prompt's tokens, or -b batch sizes")
-    if max(batches, default=1) > limits.max_requests:
-        raise ConfigError(f"a batch of {max(batches)} needs --max-num-seqs {max(batches)} (now {limits.max_requests})")
-    if prompt:
-        need_room(runtime, 1, prompt + 1, "-p")
-    for batch in batches:
-        need_room(
-            runtime, batch, _start_at(context, steps) + _tokens(runtime, batch, context, steps), "-b or --context"
-        )
-
-
-def _start_at(context: int, steps: int) -> int:
-    """Tokens of the prompt, so that the steps' middle is at ``context``."""
-    return max(1, context - steps - 2)
-
-
-def _tokens(runtime: Runtime, batch: int, context: int, steps: int) -> int:
-    """Tokens a request may decode: warm-up, timed steps, and what it does while others still read their prompts."""
-    reading = batch * _start_at(context, steps) // max(1, runtime.engine.limits.max_tokens - batch) + 2
-    return 2 * steps + 4 + reading
-
-
-def profile_prefill(runtime: Runtime, length: int, pairs: int) -> Callable[[Peaks], OpTable]:
-    """Measures all steps that read a prompt; what is returned makes their table."""
-    engine, profiler = runtime.engine, CpuProfiler(runtime)
-
-    def read(counted: bool, number: int) -> None:
-        request = engine.make_request(random_prompt(runtime, length, number), greedy(1), cache_salt=object())
-        engine.submit([request])
-
-        def steps() -> None:
-            while request.finish_reason is None:
-                engine.step()
-
-        profiler.time(steps, counted)
-
-    for warm in (False, True):
-        read(warm, 0)
-    profiler.begin()
-    for pair in range(pairs):
-        for counted in (pair % 2 == 0, pair % 2 == 1):
-            read(counted, 1 + pair)
-    size = engine.limits.max_tokens
-    loads = [Load.of([(first, min(size, length - first))]) for first in range(0, length, size)]
-    return partial(profiler.table, f"prefill, {length} tokens", length, loads, profiler.notes())
-
-
-def profile_decode(runtime: Runtime, batch: int, context: int, steps: int) -> Callable[[Peaks], OpTable]:
-    """Measures steps in which ``batch`` requests decode a token each; what is returned makes their table."""
-    engine, profiler = runtime.engine, CpuProfiler(runtime)
-    params = greedy(_tokens(runtime, batch, context, steps))
-    prompts = [random_prompt(runtime, _start_at(context, steps), i) for i in range(batch)]
-    requests = [engine.make_request(prompt, params, cache_salt=object()) for prompt in prompts]
-    engine.submit(requests)
-    while any(not r.output_ids for r in requests):
-        engine.step()
-    for warm in (False, True):
-        profiler.time(lambda: engine.step(), warm)
-    profiler.begin()
-    before = [r.num_computed for r in requests]
-    for pair in range(steps):
-        for counted in (pair % 2 == 0, pair % 2 == 1):
-            profiler.time(lambda: engine.step(), counted)  # looked up late: tracing wraps it
-    if any(r.num_computed != n + 2 * steps for r, n in zip(requests, before, strict=True)):
-        raise RidgelineError(f"not every one of {batch} requests decoded {2 * steps} tokens: the times mean nothing")
-    # Cost is linear in the context, so the middle stands for all.
-    load = Load.of([(n + steps - 1, 1) for n in before])
-    middle = round(statistics.fmean(before)) + steps
-    notes = profiler.notes()
-    for request in requests:
-        engine.abort(request)
-    return partial(profiler.table, f"decode, batch {batch}, context {middle}", batch, [load], notes)
+def _measure(runtime: Runtime, shape: Shape, pairs: int) -> Callable[[Peaks], OpTable]:
+    """Runs pairs of steps; what is returned makes their table."""
+    profiler = CpuProfiler(runtime)
+    work = Work(runtime, shape, 2 * pairs + WARM)
+    for number, step in enumerate(work.steps()):
+        if number == WARM:
+            profiler.begin()
+        # With counters and without, in turns: first the one, in the next pair the other.
+        profiler.time(step, counted=number // 2 % 2 == number % 2)
+    return partial(profiler.table, work.title, shape.tokens, work.loads, profiler.notes())
