@@ -203,6 +203,7 @@ def _decode_tokens(runtime: Runtime, generate: int, batch: int) -> int:
 
 
 def greedy(max_tokens: int) -> SamplingParams:
+    """Of a request that generates so many tokens, whatever they are."""
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
 
 
