@@ -46,6 +46,11 @@ class Profile {
     int64_t started = 0;
     std::vector<int64_t> busy;
   };
+  // One moment on both clocks.
+  struct Instant {
+    int64_t ticks = 0;
+    double seconds = 0;
+  };
 
  public:
   // Rows that follow those of the operators.
@@ -65,12 +70,12 @@ class Profile {
     threads_.assign((size_t)threads, {});
     for (Notes& notes : threads_) notes.busy.assign(ops + kExtras, 0);
     steps_ = total_ = 0;
-    reset_ticks_ = ticks();
-    reset_seconds_ = now();
+    reset_ = instant();
   }
+  // The longer since the reset, the more exact.
   double seconds_per_tick() const {
-    const int64_t passed = ticks() - reset_ticks_;
-    return passed > 0 ? (now() - reset_seconds_) / (double)passed : 0;
+    const Instant t = instant();
+    return t.ticks > reset_.ticks ? (t.seconds - reset_.seconds) / (double)(t.ticks - reset_.ticks) : 0;
   }
 
   // On the calling thread: a step begins, or the half of one that samples masked rows.
@@ -148,6 +153,21 @@ class Profile {
   size_t row(Extra extra) const { return ops_ + extra; }
 
  private:
+  // The closest of a few pairs of readings: the thread may be taken off its core between two.
+  static Instant instant() {
+    Instant best;
+    int64_t apart = INT64_MAX;
+    for (int i = 0; i < 5; i++) {
+      const int64_t before = ticks();
+      const double seconds = now();
+      const int64_t after = ticks();
+      if (after - before >= apart) continue;
+      apart = after - before;
+      best = {before + apart / 2, seconds};
+    }
+    return best;
+  }
+
   void add_row(size_t i) {
     ProfileRow& row = rows_[i];
     int64_t longest = 0;
@@ -164,8 +184,8 @@ class Profile {
   std::vector<ProfileRow> rows_;
   std::vector<int64_t> wall_;  // in this step, by row, of thread 0
   std::vector<Notes> threads_;
-  int64_t began_ = 0, called_ = 0, ended_ = 0, total_ = 0, steps_ = 0, reset_ticks_ = 0;
-  double reset_seconds_ = 0;
+  int64_t began_ = 0, called_ = 0, ended_ = 0, total_ = 0, steps_ = 0;
+  Instant reset_;
 };
 
 }  // namespace ridgeline

@@ -146,11 +146,15 @@ def render(table: OpTable) -> list[str]:
     lines = [
         f"{table.title}: {table.seconds * 1e3:.3f} ms, {table.tokens / table.seconds:,.0f} tokens/s, "
         f"{table.share:.0%} of the roofline",
-        f"{'':24}{'calls':>6}{'us':>10}{'step':>7}{'GB/s':>8}{'GOP/s':>8}{'roof':>6}{'waits':>7}{'idle':>6}  binds",
+        f"{'':24}{'calls':>6}{'us':>10}{'step':>7}{'GB/s':>8}{'GOP/s':>8}{'roof':>6}"
+        + (f"{'':7}{'warps':>6}  binds" if table.counts_warps else f"{'waits':>7}{'idle':>6}  binds"),
     ]
     lines += [_line(row, table) for row in table.rows]
     lines.append(f"{'(in no row)':30}{table.unattributed * 1e6:>10.1f}{table.unattributed / table.seconds:>7.1%}")
-    parts = [f"operators {table.total('operator') / table.seconds:.1%}"]
+    operators, runtime = table.total("operator"), table.total("runtime")
+    parts = [f"operators {operators / table.seconds:.1%}"]
+    if runtime:
+        parts[0] += f" ({operators / (operators + runtime):.1%} of the executor's part)"
     parts += [f"{kind} {table.total(kind) / table.seconds:.1%}" for kind in ("runtime", "host") if table.of_kind(kind)]
     lines.append(f"sum: {', '.join(parts)} of the step; mean of the quieter {table.kept} of {table.steps} steps")
     if table.overhead is not None:
@@ -166,7 +170,11 @@ def _line(row: OpRow, table: OpTable) -> str:
     rates = f"{row.gb_s:>8.1f}" if row.bytes else f"{'':8}"
     rates += f"{row.gop_s:>8.0f}" if row.ops else f"{'':8}"
     rates += f"{row.share:>6.0%}" if row.limit else f"{'':6}"
-    return f"{timed}{rates}{row.waiting / row.seconds:>7.0%}{row.imbalance / row.seconds:>6.0%}  {row.binds}"
+    if table.counts_warps:
+        waits = f"{'':7}" + (f"{'':6}" if row.occupancy is None else f"{row.occupancy:>6.0%}")
+    else:
+        waits = f"{row.waiting / row.seconds:>7.0%}{row.imbalance / row.seconds:>6.0%}" if row.seconds else f"{'':13}"
+    return f"{timed}{rates}{waits}  {row.binds}"
 
 
 def as_dict(table: OpTable) -> dict[str, Any]:

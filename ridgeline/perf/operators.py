@@ -126,6 +126,11 @@ class OpTable:
         """Of the roofline of all its operators."""
         return sum(row.bound for row in self.rows) / self.seconds
 
+    @property
+    def counts_warps(self) -> bool:
+        """Whether occupancy was measured: then there are no threads that wait or are idle."""
+        return any(row.occupancy is not None for row in self.rows)
+
     def verdict(self) -> str:
         """What binds most of the step, as a sentence."""
         spent: dict[str, float] = {}

@@ -35,7 +35,7 @@ dt { font-weight: 600; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dd { margin: 0; }
 """
 
-COLUMNS = ("calls", "µs", "of step", "GB/s", "GOP/s", "of roofline", "waits", "idle")
+COLUMNS = ("calls", "µs", "of step", "GB/s", "GOP/s", "of roofline")
 
 
 def make_page(tables: Sequence[OpTable], title: str) -> str:
@@ -71,11 +71,11 @@ def _section(table: OpTable) -> str:
 
 
 def _rows(table: OpTable) -> str:
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+    last = ("", "warps") if table.counts_warps else ("waits", "idle")
+    head = "".join(f"<th>{name}</th>" for name in (*COLUMNS, *last))
     longest = max((row.seconds for row in table.rows), default=1.0) or 1.0
     lines = [f'<table><tr><th>part of the step</th>{head}<th></th><th class="text">binds</th></tr>']
     for row in table.rows:
-        operator = row.kind == "operator"
         cells = [
             f"{row.calls:.0f}",
             f"{row.seconds * 1e6:,.1f}",
@@ -83,8 +83,7 @@ def _rows(table: OpTable) -> str:
             f"{row.gb_s:.1f}" if row.bytes else "",
             f"{row.gop_s:,.0f}" if row.ops else "",
             f"{row.share:.0%}" if row.limit else "",
-            f"{row.waiting / row.seconds:.0%}" if operator and row.seconds else "",
-            f"{row.imbalance / row.seconds:.0%}" if operator and row.seconds else "",
+            *_waits(row, table),
         ]
         numbers = "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(
@@ -94,6 +93,15 @@ def _rows(table: OpTable) -> str:
     left = table.unattributed
     rest = f"<td></td><td>{left * 1e6:,.1f}</td><td>{left / table.seconds:.1%}</td>" + "<td></td>" * 7
     return "\n".join([*lines, f"<tr><td>in no row</td>{rest}</tr></table>"])
+
+
+def _waits(row: OpRow, table: OpTable) -> tuple[str, str]:
+    """The last two numbers of a row: waits and idle threads, or active warps."""
+    if row.kind != "operator" or not row.seconds:
+        return "", ""
+    if table.counts_warps:
+        return "", "" if row.occupancy is None else f"{row.occupancy:.0%}"
+    return f"{row.waiting / row.seconds:.0%}", f"{row.imbalance / row.seconds:.0%}"
 
 
 def _bar(row: OpRow, longest: float) -> str:
