@@ -1,6 +1,6 @@
 """Named ranges of host time, for profilers: NVIDIA's (NVTX), or our own clocks.
 
-What is traced wraps its methods only when it is asked to (``within``): with no profiler there is nothing to skip.
+What is traced wraps its methods only when it is asked to (``trace``): with no profiler there is nothing to skip.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ridgeline.core.errors import ConfigError
+
+Wrap = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+"""Of a range's name and what runs in it: the same, watched."""
 
 
 class Ranges(Protocol):
@@ -23,24 +26,27 @@ class Ranges(Protocol):
         ...
 
 
-def within(ranges: Ranges, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` in a range of its own, which ends whatever it raises."""
+def within(ranges: Ranges) -> Wrap:
+    """Wraps calls in ranges, which end whatever they raise."""
 
-    def ranged(*args: Any, **more: Any) -> Any:
-        ranges.push(name)
-        try:
-            return call(*args, **more)
-        finally:
-            ranges.pop()
+    def wrap(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def ranged(*args: Any, **more: Any) -> Any:
+            ranges.push(name)
+            try:
+                return call(*args, **more)
+            finally:
+                ranges.pop()
 
-    return ranged
+        return ranged
+
+    return wrap
 
 
-def trace(ranges: Ranges, methods: Sequence[tuple[str, Any, str]]) -> Callable[[], None]:
-    """Puts methods of objects, given as (range, object, method), in ranges until what is returned is called."""
+def trace(wrap: Wrap, methods: Sequence[tuple[str, Any, str]]) -> Callable[[], None]:
+    """Wraps methods of objects, given as (range, object, method), until what is returned is called."""
     before = [vars(owner).get(method) for _, owner, method in methods]
     for name, owner, method in methods:
-        setattr(owner, method, within(ranges, name, getattr(owner, method)))
+        setattr(owner, method, wrap(name, getattr(owner, method)))
 
     def undo() -> None:
         for (_, owner, method), old in zip(methods, before, strict=True):

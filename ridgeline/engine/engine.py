@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ridgeline.core.errors import ConfigError, QueueFullError, RequestError, RidgelineError
-from ridgeline.core.ranges import Ranges, trace
+from ridgeline.core.ranges import Wrap, trace
 from ridgeline.core.types import Executor, Int32, SamplingParams, StepOutput, Ticket
 from ridgeline.engine.batching import BatchBuilder
 from ridgeline.engine.intake import Intake, WordEncoder
@@ -221,12 +221,12 @@ class Engine:
                 error.add_note(note)
             raise
 
-    def trace(self, ranges: Ranges) -> Callable[[], None]:
-        """Puts each step and its parts in ranges until what is returned is called; not while a step runs."""
+    def trace(self, wrap: Wrap) -> Callable[[], None]:
+        """Wraps each step and its parts until what is returned is called; not while a step runs."""
         methods: list[tuple[str, Any, str]] = [("step", self, "step"), ("schedule", self._scheduler, "schedule")]
         methods += [("batch", self._builder, "build")]
         methods += [(name, self._executor, name) for name in ("launch", "finish")]
-        return trace(ranges, methods)
+        return trace(wrap, methods)
 
     def dump_flight_record(self, path: str | os.PathLike[str]) -> Path:
         """Write the last steps (after a failure, those before it) to ``path``, for ``ridgeline replay``.

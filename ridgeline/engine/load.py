@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ridgeline.core.config import EngineConfig
 from ridgeline.core.errors import ConfigError, ModelFileError, UnsupportedError
-from ridgeline.core.ranges import NvtxRanges
+from ridgeline.core.ranges import NvtxRanges, within
 from ridgeline.core.types import Executor
 from ridgeline.engine.engine import Engine, EngineLimits
 from ridgeline.engine.identity import environment
@@ -114,7 +114,7 @@ def _load(config: EngineConfig) -> Runtime:
         recorder=_make_recorder(config, model, executor, limits),
     )
     if config.nvtx:
-        engine.trace(NvtxRanges())
+        engine.trace(within(NvtxRanges()))
     ledger = make_ledger(plan, executor, limits, config.backend)
     return Runtime(config, model, plan, executor, tokenizer, engine, time.perf_counter() - start, ledger)
 

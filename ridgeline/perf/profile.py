@@ -31,19 +31,22 @@ RUNTIME = ("copy_blocks", "wake", "prepare", "settle")
 
 @dataclass
 class Stopwatch:
-    """Seconds of ranges by name (``core.ranges.Ranges``), those within included."""
+    """Seconds of calls by name, those within them included."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    _open: list[tuple[str, float]] = field(default_factory=list)
 
-    def push(self, name: str) -> None:
-        """See ``Ranges``."""
-        self._open.append((name, time.perf_counter()))
+    def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """See ``core.ranges.Wrap``. A call that raises is not counted."""
+        seconds, clock = self.seconds, time.perf_counter
+        seconds.setdefault(name, 0.0)
 
-    def pop(self) -> None:
-        """See ``Ranges``."""
-        name, start = self._open.pop()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        def timed(*args: Any) -> Any:
+            start = clock()
+            result = call(*args)
+            seconds[name] += clock() - start
+            return result
+
+        return timed
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class CpuProfiler:
         """Runs a step, with counters or without."""
         watch = Stopwatch()
         if counted:
-            undo = self.runtime.engine.trace(watch)
+            undo = self.runtime.engine.trace(watch.wrap)
             self.native.set_profiling(True)
         start = time.perf_counter()
         step()

@@ -44,7 +44,7 @@ def _measure(runtime: Runtime, shape: Shape, steps: int, peaks: Peaks) -> OpTabl
     timed: tuple[dict[str, tuple[int, float]], float] = ({}, 0.0)
     for number, step in enumerate(work.steps()):
         watch = Stopwatch()
-        undo = runtime.engine.trace(watch)
+        undo = runtime.engine.trace(watch.wrap)
         start = time.perf_counter()
         step()
         wall = time.perf_counter() - start

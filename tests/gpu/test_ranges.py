@@ -16,7 +16,7 @@ from ridgeline.backends.cuda.emulated import EmulatedDevice
 from ridgeline.backends.cuda.executor import CudaExecutor
 from ridgeline.core.errors import ConfigError
 from ridgeline.core.hardware import Peaks
-from ridgeline.core.ranges import NvtxRanges
+from ridgeline.core.ranges import NvtxRanges, within
 from ridgeline.core.types import SamplingParams
 from ridgeline.engine import load
 from ridgeline.engine.engine import Engine, EngineLimits
@@ -110,8 +110,8 @@ def test_without_ranges_nothing_is_pushed_or_wrapped(nvtx: Recorder) -> None:
 
 def test_launched_one_by_one_the_bits_are_the_graphs() -> None:
     apart, together = (Driver(made(False, graphs=graphs), 40, 16) for graphs in (False, True))
-    for work in ([(0, [1, 2, 3])], [(0, [4])]):
-        left, right = apart.step(work), together.step(work)
+    for tokens in ([1, 2, 3], [4]):
+        left, right = apart.step([(0, tokens)]), together.step([(0, tokens)])
         assert (left[1] == right[1]).all() and (left[0].token_ids == right[0].token_ids).all()
 
 
@@ -125,7 +125,7 @@ def test_steps_for_nsight_are_in_a_range_of_their_shape(nvtx: Recorder, monkeypa
     for module in (work, profile_gpu):
         monkeypatch.setattr(module, "WARM", 1)  # each step is interpreted
     runtime = runtime_of(made(True, graphs=False))
-    runtime.engine.trace(NvtxRanges())
+    runtime.engine.trace(within(NvtxRanges()))
     told: list[tuple[bool, tuple[str, ...]]] = []
     runtime.executor.device.collect = lambda on: told.append((on, tuple(nvtx.open)))
     shape = Shape(1, 8)

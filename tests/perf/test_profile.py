@@ -10,7 +10,7 @@ import pytest
 from ridgeline.core.config import EngineConfig
 from ridgeline.core.errors import ConfigError, RidgelineError
 from ridgeline.core.hardware import Peaks
-from ridgeline.core.ranges import trace
+from ridgeline.core.ranges import trace, within
 from ridgeline.engine.engine import Engine, EngineLimits
 from ridgeline.perf import profile
 from ridgeline.perf.work import WARM, Shape, Work, check_shapes, shapes_of
@@ -117,8 +117,8 @@ def test_ranges_nest_and_end_whatever_happens() -> None:
 
     owner = Owner()
     methods = [("out", owner, "outer"), ("in", owner, "inner")]
-    first = trace(Recorder(), methods)
-    second = trace(Recorder(), methods)
+    first = trace(within(Recorder()), methods)
+    second = trace(within(Recorder()), methods)
     with pytest.raises(ValueError):
         owner.outer()
     assert seen == ["out", "out", "in", "in", "end", "end", "end", "end"]

@@ -37,7 +37,7 @@ from ridgeline.backends.cuda.step import (
 from ridgeline.backends.cuda.variants import buckets, key
 from ridgeline.backends.reference.slots import SlotLog
 from ridgeline.core.errors import RidgelineError
-from ridgeline.core.ranges import Ranges, trace
+from ridgeline.core.ranges import Ranges, trace, within
 from ridgeline.core.types import POOL, Batch, Float32, StepOutput, Ticket, TokenMasks
 from ridgeline.graph.ir import bound
 from ridgeline.graph.plan import Plan, final_norm
@@ -255,7 +255,7 @@ class CudaExecutor:
         """Puts the parts of ``launch`` in ranges until what is returned is called; those of operators, and of what
         graphs are captured from, are the device's (``Device.ranges``)."""
         names = {"inputs": "_send", "operators": "_run_operators", "sample": "_sample", "wait": "_wait"}
-        return trace(ranges, [(name, self, method) for name, method in names.items()])
+        return trace(within(ranges), [(name, self, method) for name, method in names.items()])
 
     def time_operators(self, repetitions: int = 20) -> tuple[dict[str, tuple[int, float]], float]:
         """By label, the launches and seconds of each operator of the step launched last, and seconds of them all.
