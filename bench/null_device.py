@@ -45,7 +45,7 @@ class NullStream:
 class NullDevice:
     """Memory of the host, streams that run nothing."""
 
-    arch = "sm_90"
+    arch, ranges = "sm_90", None
 
     def memory(self, nbytes: int, zeros: bool = False) -> torch.Tensor:
         """Zeros."""

@@ -69,11 +69,12 @@ def measure(
     run(*shaped)
     steps: list[float] = []
     executor.native.set_profiling(True)
+    executor.native.reset_profile()
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or len(steps) < 5:
         steps.append(run(*shaped, seed=len(steps)))
     kinds: dict[str, float] = {}
-    for name, spent in zip([*executor.native.op_names(), "sample"], executor.native.op_seconds(), strict=True):
+    for name, _, spent, *_ in executor.native.profile()[2]:
         kind = name.split()[0]
         if kind == "linear":
             kind = "linear " + name.split(".")[-1].split()[-1]

@@ -289,6 +289,20 @@ void bind_ops(py::class_<Executor>& c) {
   });
 }
 
+// (steps, seconds of all of them, rows of (name, calls, seconds, busy, longest)), operators first, in the plan's order.
+py::tuple profile(const Executor& e) {
+  const Profile& p = e.profile();
+  const double tick = p.seconds_per_tick();
+  const std::vector<std::string>& names = e.op_names();
+  py::list rows;
+  for (size_t i = 0; i < p.rows().size(); i++) {
+    const ProfileRow& r = p.rows()[i];
+    const std::string name = i < names.size() ? names[i] : Profile::name(i - names.size());
+    rows.append(py::make_tuple(name, r.calls, (double)r.wall * tick, (double)r.busy * tick, (double)r.longest * tick));
+  }
+  return py::make_tuple(p.steps(), (double)p.total() * tick, rows);
+}
+
 std::unique_ptr<Executor> make_executor(const py::dict& d) {
   ExecutorConfig c;
   auto take = [&](const char* key, auto& field) {
@@ -337,7 +351,8 @@ PYBIND11_MODULE(_native, m) {
       .def("logits", &logits)
       .def("set_profiling", &Executor::set_profiling)
       .def("op_names", [](const Executor& e) { return e.op_names(); })
-      .def("op_seconds", [](const Executor& e) { return e.op_seconds(); })
+      .def("reset_profile", &Executor::reset_profile)
+      .def("profile", &profile)
       .def_property_readonly("isa", [](const Executor& e) { return e.kernels().name; })
       .def_property_readonly("threads", [](Executor& e) { return e.team().size(); });
   bind_ops(executor);

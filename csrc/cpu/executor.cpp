@@ -1,18 +1,14 @@
 #include "executor.h"
 
 #include <algorithm>
-#include <chrono>
 #include <climits>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 
 namespace ridgeline {
 namespace {
-
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
@@ -234,6 +230,7 @@ void Executor::plan_attention(const BatchView& b) {
 }
 
 void Executor::launch(const BatchView& b) {
+  if (profile_.on) profile_.begin();
   check(b);
   update_block_tables(b);
   token_ids_.assign(b.token_ids, b.token_ids + b.tokens);
@@ -274,7 +271,10 @@ void Executor::launch(const BatchView& b) {
   top_ids_.assign((size_t)b.sampled * num_top_, -1);
   top_logprobs_.assign((size_t)b.sampled * num_top_, NAN);
   run_ops();
-  if (std::none_of(sampling_.begin(), sampling_.end(), [](const SamplingRow& row) { return row.masked != 0; })) settle();
+  const bool whole =
+      std::none_of(sampling_.begin(), sampling_.end(), [](const SamplingRow& row) { return row.masked != 0; });
+  if (whole) settle();
+  if (profile_.on) profile_.end(whole);
 }
 
 // Slots with a new owner start, and the logs of those with state take the tokens of this step.
@@ -342,33 +342,33 @@ void Executor::list_read_blocks(const BatchView& b) {
 }
 
 void Executor::run_ops() {
-  std::function<void(int)> job = [this](int thread) {
+  const size_t end = wants_logits_ ? ops_.size() : std::min(head_, ops_.size());
+  std::function<void(int)> job = [&](int thread) {
     Worker w{team_, thread, 0, scratch_[(size_t)thread].data()};
-    double last = profiling_ ? now() : 0;
-    auto lap = [&](size_t op) {
-      if (!profiling_ || thread != 0) return;
-      double t = now();
-      op_seconds_[op] += t - last;
-      last = t;
-    };
+    std::optional<Profile::Lap> lap;
+    if (profile_.on) lap.emplace(profile_, thread);
     if (!block_copies_.empty()) {
       copy_blocks(thread);
+      if (lap) lap->worked(profile_.row(Profile::Copies));
       team_.barrier();
+      if (lap) lap->waited(profile_.row(Profile::Copies));
     }
-    const size_t end = wants_logits_ ? ops_.size() : std::min(head_, ops_.size());
     for (size_t i = 0; i < end; i++) {
       ops_[i].run(step_, w);
-      if (needs_barrier(ops_[i])) team_.barrier();
-      lap(i);
+      if (lap) lap->worked(i);
+      if (!needs_barrier(ops_[i])) continue;
+      team_.barrier();
+      if (lap) lap->waited(i);
     }
     team_.share(w.shares++, (int)sampling_tasks_.size() - 1, 1, [&](int task, int) {
       for (int row = sampling_tasks_[(size_t)task]; row < sampling_tasks_[(size_t)task + 1]; row++)
         if (!sampling_[(size_t)row].masked) sample_row(row, nullptr, thread);
     });
-    if (profiling_) team_.barrier();
-    lap(ops_.size());
+    if (lap) lap->worked(profile_.row(Profile::Sample));
   };
+  if (profile_.on) profile_.call();
   team_.run(job);
+  if (profile_.on) profile_.add(end, !block_copies_.empty());
 }
 
 void Executor::finish(const uint32_t* masks, int flagged) {
@@ -377,6 +377,7 @@ void Executor::finish(const uint32_t* masks, int flagged) {
     if (sampling_[(size_t)i].masked) rows.push_back(i);
   if ((int)rows.size() != flagged) refuse("finish needs one token mask for each row flagged as masked");
   if (rows.empty()) return;
+  if (profile_.on) profile_.begin();
   const size_t words = ((size_t)config_.vocab + 31) / 32;
   for (int i = 0; i < flagged; i++) {
     const uint32_t* mask = masks + words * i;
@@ -387,13 +388,19 @@ void Executor::finish(const uint32_t* masks, int flagged) {
   std::vector<int> mask_of((size_t)step_.sampled, -1);
   for (int i = 0; i < flagged; i++) mask_of[(size_t)rows[(size_t)i]] = i;
   std::function<void(int)> job = [&](int thread) {
+    std::optional<Profile::Lap> lap;
+    if (profile_.on) lap.emplace(profile_, thread);
     team_.share(0, (int)sampling_tasks_.size() - 1, 1, [&](int task, int) {
       for (int row = sampling_tasks_[(size_t)task]; row < sampling_tasks_[(size_t)task + 1]; row++)
         if (mask_of[(size_t)row] >= 0) sample_row(row, masks + words * mask_of[(size_t)row], thread);
     });
+    if (lap) lap->worked(profile_.row(Profile::Sample));
   };
+  if (profile_.on) profile_.call();
   team_.run(job);
+  if (profile_.on) profile_.add(0, false);
   settle();
+  if (profile_.on) profile_.end(true);
 }
 
 void Executor::sample_row(int row, const uint32_t* mask, int thread) {
@@ -434,8 +441,8 @@ void Executor::settle() {
 }
 
 void Executor::set_profiling(bool on) {
-  profiling_ = on;
-  op_seconds_.assign(ops_.size() + 1, 0.0);
+  if (on && profile_.rows().size() != ops_.size() + Profile::kExtras) reset_profile();
+  profile_.on = on;
 }
 
 double measure_bandwidth(const Kernels& kernels, size_t bytes, int threads, double seconds) {

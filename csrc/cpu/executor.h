@@ -10,6 +10,7 @@
 
 #include "memory.h"
 #include "pack.h"
+#include "profile.h"
 #include "slots.h"
 #include "step.h"
 
@@ -77,9 +78,10 @@ class Executor {
   // Null where no row of the step wanted logits.
   const float* logits(int row) const { return wants_logits_ ? logits_at(row) : nullptr; }
 
-  // Seconds spent in each op (and in sampling, last) since profiling was switched on, on thread 0.
+  // Whether steps are counted in the profile; `reset_profile` forgets those that were.
   void set_profiling(bool on);
-  const std::vector<double>& op_seconds() const { return op_seconds_; }
+  void reset_profile() { profile_.reset(ops_.size(), team_.size()); }
+  const Profile& profile() const { return profile_; }
   const std::vector<std::string>& op_names() const { return op_names_; }
   Team& team() { return team_; }
 
@@ -115,8 +117,7 @@ class Executor {
   bool needs_barrier(const Op& op) const;
   std::vector<Op> ops_;
   std::vector<std::string> op_names_;
-  std::vector<double> op_seconds_;
-  bool profiling_ = false;
+  Profile profile_;
   Buffer logits_;
   Step step_;
   int rope_ready_ = 0, rope_capacity_ = 0, num_top_ = 0, pooled_ = 0;

@@ -14,6 +14,7 @@ from ridgeline.api.compile import compile_model
 from ridgeline.api.explain import explain
 from ridgeline.api.flags import with_flags
 from ridgeline.api.kernels import make_app
+from ridgeline.api.profile import profile
 from ridgeline.core.config import ISAS
 from ridgeline.core.errors import ConfigError, RequestError
 from ridgeline.core.types import SamplingParams
@@ -176,6 +177,7 @@ def make_command() -> Callable[..., Any]:
     app.command("run")(with_flags(run, sampling=True))
     app.command("chat")(with_flags(chat, sampling=True))
     app.command("bench")(with_flags(bench, sampling=False))
+    app.command("profile")(with_flags(profile, sampling=False))
     app.command("replay")(replay)
     app.command("explain")(with_flags(explain, sampling=False))
     app.command("compile")(with_flags(compile_model, sampling=False))
@@ -194,5 +196,6 @@ def _no_command(
         raise typer.Exit()
     if context.invoked_subcommand is None:
         raise ConfigError(
-            "no command given: run, chat, bench, replay, compile or kernels (ridgeline --help tells more)"
+            "no command given: run, chat, bench, profile, replay, explain, compile or kernels "
+            "(ridgeline --help tells more)"
         )

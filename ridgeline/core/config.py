@@ -77,6 +77,10 @@ class EngineConfig:
         None, "where a flight record is written when the engine fails (default: nowhere); it holds the prompts' tokens"
     )
     flight_record_logits: bool = _option(False, "keep a hash of each row's logits in the flight record; takes time")
+    cuda_graphs: bool = _option(
+        True, "of the cuda backend: a step's operators are one CUDA graph; without, each is launched, for profilers"
+    )
+    nvtx: bool = _option(False, "NVTX ranges of steps, their parts, layers and operators, for Nsight; needs nvtx")
     seed: int | None = _option(None, "draws the seeds of requests that bring none (default: from the system)")
 
     def __init__(self, **values: Any) -> None:
@@ -150,7 +154,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} needs recorded steps: set flight_record_steps above 0")
 
     def _check_scheduling(self) -> None:
-        for name in ("prefix_sharing", "flight_record_logits", "batch_invariant"):
+        for name in ("prefix_sharing", "flight_record_logits", "batch_invariant", "cuda_graphs", "nvtx"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.ngram_min > self.ngram_max:

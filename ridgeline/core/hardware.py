@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ridgeline.core.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Peaks:
@@ -53,3 +55,19 @@ MEMORY: dict[str, int] = {
     "h200": 141 * 10**9,
 }
 """Bytes of memory, by short name."""
+
+
+def datasheet_of(name: str) -> Peaks:
+    """Peaks of the GPU that its driver calls ``name`` ("NVIDIA H100 80GB HBM3"); raises ConfigError for others."""
+    said = name.upper().replace(" ", "-")
+    for words, device in (
+        (("H200",), "h200-sxm-141gb"),
+        (("H100", "PCIE"), "h100-pcie-80gb"),
+        (("H100",), "h100-sxm5-80gb"),
+        (("A100", "PCIE"), "a100-pcie-80gb"),
+        (("A100", "40GB"), "a100-sxm4-40gb"),
+        (("A100",), "a100-sxm4-80gb"),
+    ):
+        if all(word in said for word in words):
+            return DATASHEET[device]
+    raise ConfigError(f"no datasheet is known of {name}, whose peaks a profile compares with: A100, H100 and H200 are")

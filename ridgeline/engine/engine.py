@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from ridgeline.core.errors import ConfigError, QueueFullError, RequestError, RidgelineError
+from ridgeline.core.ranges import Wrap, trace
 from ridgeline.core.types import Executor, Int32, SamplingParams, StepOutput, Ticket
 from ridgeline.engine.batching import BatchBuilder
 from ridgeline.engine.intake import Intake, WordEncoder
@@ -219,6 +220,13 @@ class Engine:
             if self._recorder is not None and (note := self._recorder.failed(error)):
                 error.add_note(note)
             raise
+
+    def trace(self, wrap: Wrap) -> Callable[[], None]:
+        """Wraps each step and its parts until what is returned is called; not while a step runs."""
+        methods: list[tuple[str, Any, str]] = [("step", self, "step"), ("schedule", self._scheduler, "schedule")]
+        methods += [("batch", self._builder, "build")]
+        methods += [(name, self._executor, name) for name in ("launch", "finish")]
+        return trace(wrap, methods)
 
     def dump_flight_record(self, path: str | os.PathLike[str]) -> Path:
         """Write the last steps (after a failure, those before it) to ``path``, for ``ridgeline replay``.

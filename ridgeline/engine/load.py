@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ridgeline.core.config import EngineConfig
 from ridgeline.core.errors import ConfigError, ModelFileError, UnsupportedError
+from ridgeline.core.ranges import NvtxRanges, within
 from ridgeline.core.types import Executor
 from ridgeline.engine.engine import Engine, EngineLimits
 from ridgeline.engine.identity import environment
@@ -112,6 +113,8 @@ def _load(config: EngineConfig) -> Runtime:
         seed=config.seed,
         recorder=_make_recorder(config, model, executor, limits),
     )
+    if config.nvtx:
+        engine.trace(within(NvtxRanges()))
     ledger = make_ledger(plan, executor, limits, config.backend)
     return Runtime(config, model, plan, executor, tokenizer, engine, time.perf_counter() - start, ledger)
 
@@ -198,6 +201,7 @@ def _make_cuda_executor(
     from ridgeline.backends.cuda.opening import open_device
 
     device = open_device(config.device or "gpu")
+    device.ranges = NvtxRanges() if config.nvtx else None
     from ridgeline.backends.cuda.executor import CudaExecutor
 
     matrices = {w.tensor.format.name for w in model.weights.values() if len(w.tensor.shape) == 2}
@@ -207,7 +211,11 @@ def _make_cuda_executor(
 
         context = sizes["max_blocks_per_slot"] * config.block_size
         compile_for(plan, device.arch, context, sizes["num_slots"], config.batch_invariant)
-    return plan, CudaExecutor(plan, model.weights, device, batch_invariant=config.batch_invariant, **sizes)
+    options: dict[str, Any] = {"batch_invariant": config.batch_invariant, "graphs": config.cuda_graphs}
+    executor = CudaExecutor(plan, model.weights, device, **options, **sizes)
+    if device.ranges is not None:
+        executor.trace(device.ranges)
+    return plan, executor
 
 
 class _Background(Generic[T]):

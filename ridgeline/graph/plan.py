@@ -27,6 +27,25 @@ class PlanOp:
         """Operations and bytes of this call under ``load``."""
         return OPS[self.op].cost(self.inputs, self.outputs, self.attrs, load)
 
+    @property
+    def label(self) -> str:
+        """The operator, and of which projection or norm: the same in every layer ("linear q+k+v")."""
+        weight = next((v for v in self.inputs if v.dtype == "weight"), None)
+        if weight is None:
+            return self.op
+        return f"{self.op} {'+'.join(part.rsplit('.', 1)[-1] for part in weight.info.parts)}"
+
+    @property
+    def layer(self) -> int | None:
+        """Of its cache or weights ("layers.3.attn.q"); None: they say nothing of one."""
+        for value in self.inputs:
+            if value.cache is not None:
+                return value.cache.layer
+            if value.dtype == "weight":
+                first, *rest = value.info.parts[0].split(".")
+                return int(rest[0]) if first == "layers" and rest and rest[0].isdigit() else None
+        return None
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -119,12 +119,12 @@ def _check_sizes(runtime: Runtime, prompt: int, generate: int, batches: Sequence
     if max(batches) > limits.max_requests:
         raise ConfigError(f"a batch of {max(batches)} needs --max-num-seqs {max(batches)} (now {limits.max_requests})")
     if prompt:
-        _need_room(runtime, 1, prompt + 1, "-p")
+        need_room(runtime, 1, prompt + 1, "-p")
     for batch in batches if generate else ():
-        _need_room(runtime, batch, DEPTH + _decode_tokens(runtime, generate, batch), "-n or -b")
+        need_room(runtime, batch, DEPTH + _decode_tokens(runtime, generate, batch), "-n or -b")
 
 
-def _need_room(runtime: Runtime, batch: int, tokens: int, flags: str) -> None:
+def need_room(runtime: Runtime, batch: int, tokens: int, flags: str) -> None:
     """Raise ConfigError unless ``batch`` sequences of ``tokens`` fit at once, warm-up steps included."""
     limits = runtime.engine.limits
     if tokens > limits.max_len:
@@ -140,7 +140,7 @@ def _need_room(runtime: Runtime, batch: int, tokens: int, flags: str) -> None:
         )
 
 
-def _prompt(runtime: Runtime, length: int, number: int) -> list[int]:
+def random_prompt(runtime: Runtime, length: int, number: int) -> list[int]:
     """Token ids that no two requests share; what they say does not matter to the time they take."""
     random = np.random.default_rng(number)
     ids: list[int] = random.integers(0, runtime.engine.limits.vocab_size, length).tolist()
@@ -152,7 +152,7 @@ def _prefill(runtime: Runtime, length: int, repetitions: int) -> tuple[list[floa
     seconds = []
     for repetition in range(repetitions + 1):  # the first warms up
         # A salt of its own: what is in the cache from another run must not be found.
-        request = engine.make_request(_prompt(runtime, length, repetition), _greedy(1), cache_salt=object())
+        request = engine.make_request(random_prompt(runtime, length, repetition), greedy(1), cache_salt=object())
         start = time.perf_counter()
         engine.submit([request])
         while request.finish_reason is None:
@@ -187,8 +187,8 @@ def _decode(runtime: Runtime, generate: int, batch: int, repetitions: int) -> tu
 def _start(runtime: Runtime, generate: int, batch: int, repetition: int) -> list[Request]:
     """``batch`` requests that have read DEPTH tokens each and now only decode."""
     engine = runtime.engine
-    params = _greedy(_decode_tokens(runtime, generate, batch))
-    prompts = [_prompt(runtime, DEPTH, repetition * batch + i) for i in range(batch)]
+    params = greedy(_decode_tokens(runtime, generate, batch))
+    prompts = [random_prompt(runtime, DEPTH, repetition * batch + i) for i in range(batch)]
     requests = [engine.make_request(prompt, params, cache_salt=object()) for prompt in prompts]
     engine.submit(requests)
     while any(not r.output_ids for r in requests):
@@ -202,7 +202,8 @@ def _decode_tokens(runtime: Runtime, generate: int, batch: int) -> int:
     return generate + reading + 1
 
 
-def _greedy(max_tokens: int) -> SamplingParams:
+def greedy(max_tokens: int) -> SamplingParams:
+    """Of a request that generates so many tokens, whatever they are."""
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
 
 
@@ -252,7 +253,7 @@ def _fresh_process(runtime: Runtime, repetitions: int) -> tuple[float, float]:
 def _child(runtime: Runtime, prompt: str, number: int) -> tuple[float, float]:
     command = [sys.executable, "-c", _CHILD, "run", runtime.config.model, "-p", prompt, "-n", str(number)]
     command += ["--ignore-eos", "--temperature", "0"]
-    command += _flags(runtime.config)
+    command += flags_of(runtime.config)
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -265,7 +266,7 @@ def _child(runtime: Runtime, prompt: str, number: int) -> tuple[float, float]:
     return first, int(messages.rpartition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
 
-def _flags(config: EngineConfig) -> list[str]:
+def flags_of(config: EngineConfig) -> list[str]:
     """The command-line flags that make a configuration, but for its model."""
     changed = [(f.name, getattr(config, f.name)) for f in fields(config) if getattr(config, f.name) != f.default]
     words = []

@@ -108,15 +108,6 @@ def pass_lines(plan: Plan, context: int) -> list[PassLine]:
     return lines
 
 
-def label_of(op: PlanOp) -> str:
-    """An operator's name, and of which projection or norm."""
-    weight = next((v for v in op.inputs if v.dtype == "weight"), None)
-    if weight is None:
-        return op.op
-    names = [part.rsplit(".", 1)[-1] for part in weight.info.parts]
-    return f"{op.op} {'+'.join(names)}"
-
-
 def op_lines(plan: Plan, load: Load, peaks: Peaks, launched: dict[str, tuple[int, str, str]] | None) -> list[OpLine]:
     """Operators of a step, those of one label together, in the order they first run.
 
@@ -125,7 +116,7 @@ def op_lines(plan: Plan, load: Load, peaks: Peaks, launched: dict[str, tuple[int
     """
     groups: dict[str, list[PlanOp]] = {}
     for op in (op for segment in plan.segments for op in segment.ops):
-        groups.setdefault(label_of(op), []).append(op)
+        groups.setdefault(op.label, []).append(op)
     lines = []
     for label, ops in groups.items():
         launches, kernel, reason = (launched or {}).get(label, (0, "", ""))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 from ridgeline.core.hardware import Peaks
 
 BUFFER_BYTES = 96 << 20  # larger than the caches of the machines we know, as large as a small model
@@ -32,3 +35,27 @@ def usable_threads() -> int:
 def better(a: Peaks, b: Peaks) -> Peaks:
     """The best of two measurements: what others take from the machine can only lower one."""
     return Peaks(max(a.bandwidth, b.bandwidth), max(a.int8, b.int8), max(a.bf16, b.bf16), max(a.f32, b.f32))
+
+
+class Neighbours:
+    """How many cores others keep busy from here on: what disturbs a measurement."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds by the clock, of all cores' work (stolen time included), and of this process and its children."""
+        own = sum(os.times()[:4])
+        try:
+            with open("/proc/stat") as stat:
+                ticks = [int(word) for word in stat.readline().split()[1:9]]
+        except (OSError, ValueError):
+            return time.perf_counter(), own, own
+        user, nice, system, _idle, _iowait, irq, soft, steal = ticks
+        return time.perf_counter(), (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK"), own
+
+    def cores(self) -> float:
+        """The mean since the start; 0 where the system does not tell."""
+        passed, work, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return max(0.0, (work - own) / passed) if passed > 0 else 0.0

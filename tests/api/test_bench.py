@@ -55,4 +55,4 @@ def test_a_request_that_stands_still_ends_the_run(monkeypatch: pytest.MonkeyPatc
 def test_a_fresh_process_gets_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RIDGELINE_ISA", raising=False)
     config = EngineConfig(model="x", kv_dtype="f32", max_model_len=99, threads=1, max_num_seqs=32)
-    assert bench._flags(config) == ["--threads", "1", "--kv-dtype", "f32", "--max-model-len", "99"]
+    assert bench.flags_of(config) == ["--threads", "1", "--kv-dtype", "f32", "--max-model-len", "99"]

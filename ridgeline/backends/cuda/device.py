@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ridgeline.backends.cuda.launch import Key, Launch, describe_in_torchs_memory
+from ridgeline.backends.cuda.launch import Key, Launch, describe_in_torchs_memory, in_ranges
 from ridgeline.core.errors import ConfigError
+from ridgeline.core.ranges import Ranges
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -77,15 +78,24 @@ class Stream(Protocol):
         """Queues a graph."""
         ...
 
+    def time(self, graph: Graph, repetitions: int) -> float:
+        """Seconds of the device that a graph takes, the mean of replays one after another, by two events.
+
+        Raises ConfigError on a device without time.
+        """
+        ...
+
 
 class Device(Protocol):
     """A device.
 
     Attributes:
         arch: what kernels are compiled for.
+        ranges: where launches and captures from here on say which layer and operator they are; None: nowhere.
     """
 
     arch: str
+    ranges: Ranges | None
 
     def memory(self, nbytes: int, zeros: bool = False) -> torch.Tensor:
         """Bytes of the device's memory: uint8 [nbytes], aligned to 256; ``zeros``: cleared.
@@ -114,11 +124,19 @@ class Device(Protocol):
         """From here on no other kernel variant than these is launched: none would be compiled yet."""
         ...
 
+    def collect(self, on: bool) -> None:
+        """Tells a profiler that waits for it (Nsight Compute) to record what is launched from here on, or no more."""
+        ...
 
-def launch_now(launches: Sequence[Launch]) -> None:
-    """Launches kernels on torch's current stream, by Triton."""
+    def name(self) -> str:
+        """The device's, as its maker calls it."""
+        ...
+
+
+def launch_now(launches: Sequence[Launch], ranges: Ranges | None) -> None:
+    """Launches kernels on torch's current stream, by Triton, in the ranges that they name."""
     describe_in_torchs_memory()
-    for launch in launches:
+    for launch in launches if ranges is None else in_ranges(ranges, launches):
         c = launch.config
         options = {"num_warps": c.num_warps, "num_stages": c.num_stages, "enable_fp_fusion": c.fuse}
         launch.kernel[launch.grid](**launch.args, **c.meta, **options)
@@ -143,13 +161,14 @@ class CudaHostBuffer:
 class CudaStream:
     """A CUDA stream through torch."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: CudaDevice) -> None:
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._device = device
 
     def launch(self, launches: Sequence[Launch]) -> None:
         """See ``Stream``."""
         with torch.cuda.stream(self.stream):
-            launch_now(launches)
+            launch_now(launches, self._device.ranges)
 
     def copy_in(self, to: torch.Tensor, source: Any, offset: int = 0) -> None:
         """See ``Stream``."""
@@ -182,13 +201,25 @@ class CudaStream:
         """See ``Stream``."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
-            launch_now(launches)
+            launch_now(launches, self._device.ranges)
         return graph
 
     def replay(self, graph: Any) -> None:
         """See ``Stream``."""
         with torch.cuda.stream(self.stream):
             graph.replay()
+
+    def time(self, graph: Any, repetitions: int) -> float:
+        """See ``Stream``."""
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self.stream):
+            graph.replay()
+            first.record(self.stream)
+            for _ in range(repetitions):
+                graph.replay()
+            last.record(self.stream)
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1e3 / repetitions
 
 
 class CudaDevice:
@@ -206,6 +237,7 @@ class CudaDevice:
                 "no GPU here: leave out backend 'cuda', or give device 'emulated' to have its kernels interpreted"
             )
         self.arch = device_arch()
+        self.ranges: Ranges | None = None
         self.late_compiles = 0
 
     def memory(self, nbytes: int, zeros: bool = False) -> torch.Tensor:
@@ -229,7 +261,7 @@ class CudaDevice:
 
     def stream(self) -> CudaStream:
         """See ``Device``."""
-        return CudaStream()
+        return CudaStream(self)
 
     def ready(self, variants: Set[Key]) -> None:
         """See ``Device``: what is compiled all the same counts in ``late_compiles``."""
@@ -239,6 +271,14 @@ class CudaDevice:
             self.late_compiles += 1
 
         triton.knobs.compilation.listener = count
+
+    def collect(self, on: bool) -> None:
+        """See ``Device``."""
+        torch.cuda.profiler.start() if on else torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
+
+    def name(self) -> str:
+        """See ``Device``."""
+        return str(torch.cuda.get_device_name())
 
     def total_memory(self) -> int:
         """See ``Device``."""

@@ -14,7 +14,7 @@ New memory holds garbage: NaN as floats, -1 as integers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,13 +24,18 @@ import torch
 
 from ridgeline.backends.cuda.device import Bytes
 from ridgeline.backends.cuda.ladder import interpret
-from ridgeline.backends.cuda.launch import Key, Launch
+from ridgeline.backends.cuda.launch import Key, Launch, in_ranges
 from ridgeline.backends.cuda.variants import key
+from ridgeline.core.errors import ConfigError
+from ridgeline.core.ranges import Ranges
 
 Span = tuple[int, int]
 """First address and the one past the last."""
 Clock = dict[int, int]
 """By stream, how many of its pieces of work have surely been done."""
+
+
+NO_TIME = "the emulated device has no time to measure: profile on a GPU, or the cpu backend"
 
 
 class DeviceFault(AssertionError):
@@ -118,6 +123,10 @@ class EmulatedStream:
 
     def launch(self, launches: Sequence[Launch]) -> None:
         """See ``device.Stream``."""
+        ranges = self.device.ranges
+        self._launch(launches if ranges is None else in_ranges(ranges, launches))
+
+    def _launch(self, launches: Iterable[Launch]) -> None:
         for launch in launches:
             self.device.check_compiled(launch)
             self._queue(launch.kernel.fn.__name__, partial(_interpret, launch), *touched(launch))
@@ -159,7 +168,9 @@ class EmulatedStream:
 
     def capture(self, launches: Sequence[Launch]) -> EmulatedGraph:
         """See ``device.Stream``."""
-        spans = [span for launch in launches for part in touched(launch) for span in part]
+        ranges = self.device.ranges
+        labelled = launches if ranges is None else in_ranges(ranges, launches)  # as a GPU's capture has them
+        spans = [span for launch in labelled for part in touched(launch) for span in part]
         return EmulatedGraph(tuple(launches), frozenset(self.device.allocation(span) for span in spans))
 
     def replay(self, graph: Any) -> None:
@@ -167,7 +178,11 @@ class EmulatedStream:
         gone = graph.allocations - self.device.live.keys()
         if gone:
             raise DeviceFault("a captured graph uses memory that has been given back")
-        self.launch(graph.launches)
+        self._launch(graph.launches)
+
+    def time(self, graph: Any, repetitions: int) -> float:
+        """Raises ConfigError: nothing takes time here."""
+        raise ConfigError(NO_TIME)
 
     def _queue(self, name: str, run: Callable[[], None], reads: Sequence[Span], writes: Sequence[Span]) -> None:
         self.count += 1
@@ -191,6 +206,7 @@ class EmulatedDevice:
     def __init__(self, arch: str = "sm_90", seed: int = 0, memory_bytes: int = 1 << 30) -> None:
         """``memory_bytes``: what the device is said to have."""
         self.arch = arch
+        self.ranges: Ranges | None = None
         self.host_clock: Clock = {}
         self.live: dict[int, int] = {}
         self._memory_bytes = memory_bytes
@@ -234,6 +250,13 @@ class EmulatedDevice:
     def ready(self, variants: Set[Key]) -> None:
         """See ``device.Device``: another variant is an error from here on."""
         self._known = variants
+
+    def collect(self, on: bool) -> None:
+        """See ``device.Device``: no profiler looks at it."""
+
+    def name(self) -> str:
+        """See ``device.Device``."""
+        return f"emulated {self.arch}"
 
     def check_compiled(self, launch: Launch) -> None:
         """Raises DeviceFault for a kernel variant that is not among those known when the device got ready."""

@@ -37,12 +37,17 @@ from ridgeline.backends.cuda.step import (
 from ridgeline.backends.cuda.variants import buckets, key
 from ridgeline.backends.reference.slots import SlotLog
 from ridgeline.core.errors import RidgelineError
+from ridgeline.core.ranges import Ranges, trace, within
 from ridgeline.core.types import POOL, Batch, Float32, StepOutput, Ticket, TokenMasks
 from ridgeline.graph.ir import bound
 from ridgeline.graph.plan import Plan, final_norm
 
 RING = 3
 """Blocks of inputs and of results: two open steps and the one being written."""
+
+
+LEAST_TIMED = 16
+"""Launches in a graph that is timed: fewer are over before the host has queued the next."""
 
 
 @dataclass
@@ -52,14 +57,14 @@ class Bucket:
     Attributes:
         layout: of its block of inputs.
         launches: of its graph.
-        graph: these, captured.
+        graph: these, captured; None: they are launched one by one.
         logits: fp32 [rows, vocabulary], where they are left.
         hidden: [rows, hidden size], the final norm's; None where the plan has no such norm of sampled rows.
     """
 
     layout: Layout
     launches: list[Launch]
-    graph: Graph
+    graph: Graph | None
     logits: torch.Tensor
     hidden: torch.Tensor | None
 
@@ -134,6 +139,7 @@ class CudaExecutor:
         num_blocks: list[int],
         max_blocks_per_slot: int,
         batch_invariant: bool = True,
+        graphs: bool = True,
     ) -> None:
         """Uploads the weights, allocates everything a step will need, and captures a graph for every bucket.
 
@@ -144,13 +150,14 @@ class CudaExecutor:
             num_blocks: blocks of each cache group.
             max_blocks_per_slot: most blocks of one request.
             batch_invariant: False lets tiles and splits depend on how many rows a product has.
+            graphs: False launches a step's operators one by one, as profilers want them.
 
         Raises:
             UnsupportedError: an operator, format or shape without a kernel.
             ConfigError: not enough memory.
             ModelFileError: a weight that holds NaN or infinity, by name.
         """
-        self.plan, self.device = plan, device
+        self.plan, self.device, self._graphs = plan, device, graphs
         self._compute, self._copies = device.stream(), device.stream()
         limits = Limits.of(plan, num_slots, num_blocks, max_blocks_per_slot)
         self.memory = DeviceMemory.allocate(plan, weights, device, self._compute, limits, batch_invariant)
@@ -163,8 +170,8 @@ class CudaExecutor:
         self._count = 0
         self._last: Step | None = None
         beside = every_launch_beside(plan, self._buckets[-1].layout, self.memory.caches, device.arch)
-        graphs = [launch for bucket in self._buckets for launch in bucket.launches]
-        device.ready({key(launch) for launch in graphs + beside})
+        captured = [launch for bucket in self._buckets for launch in bucket.launches]
+        device.ready({key(launch) for launch in captured + beside})
 
     def _capture(self, sizes: Sizes) -> Bucket:
         layout, memory = Layout(sizes), self.memory
@@ -179,7 +186,8 @@ class CudaExecutor:
         selected = normed is not None and normed.shape[0] == self.plan.inputs["sample_rows"].shape[0]
         hidden = lowering.view(normed) if normed is not None and selected else None
         logits = lowering.view(self.plan.outputs["logits"])
-        return Bucket(layout, launches, self._compute.capture(launches), logits, hidden)
+        graph = self._compute.capture(launches) if self._graphs else None
+        return Bucket(layout, launches, graph, logits, hidden)
 
     def _place(self) -> Place:
         size = max(bucket.layout.nbytes for bucket in self._buckets) + (1 << 12)
@@ -231,11 +239,43 @@ class CudaExecutor:
         place = self._ring[self._count % RING]
         step = Step(batch, bucket, place, self._send(batch, bucket.layout, place), back)
         self._compute.launch(self._updates(step.extras))
-        self._compute.replay(bucket.graph)
+        self._run_operators(bucket)
         self._sample(step)
         self._count += 1
         self._open[self._count] = self._last = step
         return Ticket(self._count)
+
+    def _run_operators(self, bucket: Bucket) -> None:
+        if bucket.graph is None:
+            self._compute.launch(bucket.launches)
+        else:
+            self._compute.replay(bucket.graph)
+
+    def trace(self, ranges: Ranges) -> Callable[[], None]:
+        """Puts the parts of ``launch`` in ranges until what is returned is called; those of operators, and of what
+        graphs are captured from, are the device's (``Device.ranges``)."""
+        names = {"inputs": "_send", "operators": "_run_operators", "sample": "_sample", "wait": "_wait"}
+        return trace(within(ranges), [(name, self, method) for name, method in names.items()])
+
+    def time_operators(self, repetitions: int = 20) -> tuple[dict[str, tuple[int, float]], float]:
+        """By label, the launches and seconds of each operator of the step launched last, and seconds of them all.
+
+        All layers' calls of an operator are captured as a graph of their own: weights and keys are as cold as in the
+        step, and no launch of the host is in between. What they compute is thrown away, but the cache they write to.
+
+        Raises ConfigError on a device without time, RidgelineError before the first step.
+        """
+        if self._last is None:
+            raise RidgelineError("no step has run whose operators could be timed")
+        groups: dict[str, list[Launch]] = {}
+        for launch in self._last.bucket.launches:
+            groups.setdefault(launch.label[-1] if launch.label else "feed tokens", []).append(launch)
+        found = {}
+        for label, launches in groups.items():
+            copies = max(1, LEAST_TIMED // len(launches))
+            seconds = self._compute.time(self._compute.capture(launches * copies), repetitions)
+            found[label] = (len(launches), seconds / copies)
+        return found, self._compute.time(self._compute.capture(self._last.bucket.launches), repetitions)
 
     def _know_tokens(self, batch: Batch) -> None:
         """Keeps the logs of slots that ask for penalties and the like; for these every token must be known."""

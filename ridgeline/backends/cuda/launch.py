@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from ridgeline.core.ranges import Ranges
 
 ARCHS = ("sm_80", "sm_90")
 """What kernels are written for: Ampere (A100) and Hopper (H100)."""
@@ -54,6 +56,7 @@ class Launch:
         config: how it is compiled.
         writes: names of tensors of which every element is written and none is read before that.
         updates: names of tensors that are read and written in place, in part or whole: caches, counters.
+        label: ranges that it is in, the outermost first: ("layer 3", "linear q+k+v").
     """
 
     kernel: Any
@@ -62,6 +65,27 @@ class Launch:
     config: Config
     writes: tuple[str, ...]
     updates: tuple[str, ...] = field(default=())
+    label: tuple[str, ...] = field(default=())
+
+
+def in_ranges(ranges: Ranges, launches: Iterable[Launch]) -> Iterator[Launch]:
+    """The launches, each handed out while the ranges that its label names are open."""
+    now: tuple[str, ...] = ()
+    try:
+        for launch in launches:
+            same = 0
+            while same < min(len(now), len(launch.label)) and now[same] == launch.label[same]:
+                same += 1
+            for _ in now[same:]:
+                ranges.pop()
+            now = now[:same]
+            for name in launch.label[same:]:
+                ranges.push(name)
+            now = launch.label
+            yield launch
+    finally:
+        for _ in now:
+            ranges.pop()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -125,8 +125,12 @@ class Lowering:
         """
         self.sizes = sizes
         found: list[Launch] = []
+        layer: int | None = None
         for op in (op for segment in self.plan.segments for op in segment.ops):
-            found += self.lower(op)
+            if any(v.cache is not None or v.dtype == "weight" for v in op.inputs):
+                layer = op.layer  # others belong to that of the operator before them
+            label = (op.label,) if layer is None else (f"layer {layer}", op.label)
+            found += [replace(launch, label=label) for launch in self.lower(op)]
         return found
 
     def lower(self, op: PlanOp) -> list[Launch]:
