@@ -128,12 +128,13 @@ def main() -> None:
         spread = f"{min(times):.1f} to {max(times):.1f}"
         print(f"{name:<36}{results[name]:>10.1f}{spread:>18}{results[name] / options['running']:>14.2f}", flush=True)
     if importlib.util.find_spec("torch") and importlib.util.find_spec("triton"):
-        from null_device import host_microseconds
+        from null_device import host_work
 
-        for size, microseconds in host_microseconds().items():
-            name = f"{size} decoding, CUDA launch + finish"
-            results[name] = round(microseconds, 1)
-            print(f"{name:<36}{results[name]:>10.1f}{'no device':>18}{microseconds / size:>14.2f}", flush=True)
+        for size, work in host_work().items():
+            for what, microseconds in (("CUDA launch + finish", work.steady), ("all new", work.changing)):
+                name = f"{size} decoding, {what}"
+                results[name] = round(microseconds, 1)
+                print(f"{name:<36}{results[name]:>10.1f}{'no device':>18}{microseconds / size:>14.2f}", flush=True)
     print(json.dumps(results))
 
 

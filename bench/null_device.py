@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ class NullDevice:
         """One more."""
         return NullStream()
 
-    def total_memory(self) -> int:
+    def free_memory(self) -> int:
         """Plenty."""
         return 1 << 40
 
@@ -84,8 +85,21 @@ class ZeroWeight:
         return self._values
 
 
-def host_microseconds(batches: tuple[int, ...] = (1, 32, 256), repetitions: int = 400) -> dict[int, float]:
-    """Median microseconds of ``launch`` and ``finish`` of a decode step, by how many requests it has."""
+@dataclass(frozen=True)
+class HostWork:
+    """Median microseconds of ``launch`` and ``finish`` of a decode step.
+
+    Attributes:
+        steady: every step's requests are those of the step before.
+        changing: every step's sampling parameters differ from the last one's, and each request gets a new block.
+    """
+
+    steady: float
+    changing: float
+
+
+def host_work(batches: tuple[int, ...] = (1, 32, 256), repetitions: int = 400) -> dict[int, HostWork]:
+    """The host's own work in a step, by how many requests decode."""
     entries = llama.weight_entries(CONFIG)
     formats = {n: BF16 if len(e.shape) == 2 else F32 for n, e in entries.items()}
     most = max(batches)
@@ -95,20 +109,26 @@ def host_microseconds(batches: tuple[int, ...] = (1, 32, 256), repetitions: int 
     executor = CudaExecutor(compile(graph, cuda_target("bf16")), weights, NullDevice(), **sizes)
     found = {}
     for size in batches:
-        batch, times = decode_of(size), []
-        for _ in range(repetitions):
-            start = time.perf_counter()
-            executor.finish(executor.launch(batch))
-            times.append(time.perf_counter() - start)
-        found[size] = statistics.median(times) * 1e6
+        steady, changing = [decode_of(size)], [decode_of(size, 0.5, 1), decode_of(size, 0.7, 1)]
+        found[size] = HostWork(*(_median(executor, steps, repetitions) for steps in (steady, changing)))
     return found
 
 
-def decode_of(size: int) -> Batch:
-    """A step in which every request decodes one token, fed back on the device, greedily."""
+def _median(executor: CudaExecutor, batches: list[Batch], repetitions: int) -> float:
+    times = []
+    for repetition in range(repetitions):
+        batch = batches[repetition % len(batches)]
+        start = time.perf_counter()
+        executor.finish(executor.launch(batch))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e6
+
+
+def decode_of(size: int, temperature: float = 0.0, blocks: int = 0) -> Batch:
+    """A step in which every request decodes one token, fed back on the device, and has so many new blocks."""
     rows = np.zeros(size, SAMPLING_DTYPE)
-    rows["num_logprobs"], rows["top_p"] = -1, 1.0
+    rows["num_logprobs"], rows["top_p"], rows["temperature"] = -1, 1.0, temperature
     index = np.arange(size, dtype=np.int32)
     starts, whole = np.arange(size + 1, dtype=np.int32), np.full(size, 40, np.int32)
-    no_updates = np.zeros((0, 3), np.int32)
-    return Batch(np.full(size, -1, np.int32), whole, index, starts, whole + 1, index, rows, [no_updates])
+    updates = np.stack([index, np.full(size, 2, np.int32), index % 64], 1).astype(np.int32)[: size * blocks]
+    return Batch(np.full(size, -1, np.int32), whole, index, starts, whole + 1, index, rows, [updates])

@@ -126,20 +126,19 @@ def _on_gpu(plan: Any, config: EngineConfig, device: str, batch: int, context: i
     if missing:
         raise ConfigError(f"{' and '.join(missing)} not installed, which kernels are written in: 'ridgeline[cuda]'")
     from ridgeline.backends.cuda import choices
+    from ridgeline.backends.cuda.budget import budget_of
+    from ridgeline.backends.cuda.memory import Limits
 
     arch = "sm_80" if device.startswith("a100") else "sm_90"
     longest = -(-context // config.block_size) * config.block_size
     launched = {}
     for op, launches in choices.chosen(plan, arch, batch, False, longest, config.max_num_seqs):
         launched[op.label] = (len(launches), *choices.describe(launches))
-    memory = perf.Memory(
-        perf.device_memory(device),
-        choices.weights_bytes(plan),
-        plan.arena_bytes,
-        choices.workspace_bytes(plan, arch, longest, config.max_num_seqs),
-        perf.cache_per_token(plan),
-    )
-    return launched, memory
+    limits = Limits.of(plan, config.max_num_seqs, [], longest // config.block_size)
+    budget = budget_of(plan, arch, limits, longest)
+    beside = budget.workspace + budget.steps + budget.asked
+    total = perf.device_memory(device)
+    return launched, perf.Memory(total, budget.weights, budget.arena, beside, perf.cache_per_token(plan))
 
 
 def _passes(found: list[Any]) -> list[str]:
@@ -169,7 +168,8 @@ def _operators(found: list[Any], gpu: bool, measured: OpTable | None) -> list[st
 
 
 def _memory(memory: Any, context: int, batch: int, gpu: bool) -> list[str]:
-    from ridgeline.perf.explain import RESERVED, gib
+    from ridgeline.core.hardware import GPU_RESERVED
+    from ridgeline.perf.explain import gib
 
     lines = [
         f"memory: weights {gib(memory.weights)}, arena {gib(memory.arena)}, workspace {gib(memory.workspace)}, "
@@ -177,7 +177,7 @@ def _memory(memory: Any, context: int, batch: int, gpu: bool) -> list[str]:
     ]
     if gpu:
         lines.append(
-            f"        of {gib(memory.total)}, {gib(RESERVED)} kept for the driver: {gib(memory.free)} for the cache, "
-            f"at most {memory.largest_batch(context):,} requests of {context} tokens"
+            f"        of {gib(memory.total)}, {gib(GPU_RESERVED)} kept for the driver: {gib(memory.free)} for the "
+            f"cache, at most {memory.largest_batch(context):,} requests of {context} tokens"
         )
     return lines

@@ -51,7 +51,9 @@ class EngineConfig:
     max_model_len: int | None = _option(None, "longest sequence, prompt and output (default: the model's context)")
     block_size: int = _option(16, "tokens in a block of the KV cache")
     num_kv_blocks: int | None = _option(
-        None, "blocks in the KV cache (default: 2048 tokens for each of max_num_seqs); memory is taken as it is used"
+        None,
+        "blocks in the KV cache (default: 2048 tokens for each of max_num_seqs, memory being taken as it is used; on a "
+        "GPU all that its memory has room for)",
     )
     kv_cache_bytes: str | None = _option(
         None, "size of the KV cache, such as 512MiB or 2GiB or a number of bytes (instead of num_kv_blocks)"
@@ -195,6 +197,12 @@ class EngineConfig:
                 f"max_model_len is {self.max_model_len}, but the model's context is {context_length} tokens"
             )
         return self.max_model_len
+
+    @property
+    def fills_the_gpu(self) -> bool:
+        """Whether the cache takes what a GPU's memory leaves."""
+        explicit = self.num_kv_blocks is not None or self.kv_cache_bytes is not None
+        return self.backend == "cuda" and self.device != "emulated" and not explicit
 
     def pool_blocks(self, context_length: int, block_bytes: int = 0) -> int:
         """Blocks of a cache: what is asked for, or room for every sequence and for one at full length.

@@ -36,6 +36,9 @@ DATASHEET: dict[str, Peaks] = {
 }
 """Dense peaks by device, as the makers state them."""
 
+GPU_RESERVED = 1 << 30
+"""Bytes of a GPU that the driver, the context, graphs and the kernels' code take."""
+
 DEVICES: dict[str, str] = {
     "a100": "a100-sxm4-80gb",
     "a100-40gb": "a100-sxm4-40gb",

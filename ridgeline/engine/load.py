@@ -87,9 +87,11 @@ def _load(config: EngineConfig) -> Runtime:
     start = time.perf_counter()
     model = load_model(resolve(config.model))
     max_len = config.model_len(model.config.context_length)
-    num_blocks = config.pool_blocks(model.config.context_length, _block_bytes(config, model))
-    if num_blocks * config.block_size < 2:
-        raise ConfigError("num_kv_blocks must hold at least 2 tokens: raise it or block_size")
+    num_blocks = None
+    if not config.fills_the_gpu:
+        num_blocks = config.pool_blocks(model.config.context_length, _block_bytes(config, model))
+        if num_blocks * config.block_size < 2:
+            raise ConfigError("num_kv_blocks must hold at least 2 tokens: raise it or block_size")
     packing = _Background(lambda: make_executor(config, model, max_len, num_blocks))
     with _naming(model.file.path):
         tokenizer, detokenizer = _make_tokenizer(model)
@@ -100,7 +102,7 @@ def _load(config: EngineConfig) -> Runtime:
         max_len=max_len,
         vocab_size=model.config.vocab_size,
         block_size=config.block_size,
-        num_blocks=[num_blocks] * len(plan.caches),
+        num_blocks=executor.num_blocks if num_blocks is None else [num_blocks] * len(plan.caches),  # type: ignore[attr-defined]
         max_sampled_rows=config.sampled_rows(),
         **{name: getattr(config, name) for name in _SCHEDULING},
     )
@@ -163,20 +165,20 @@ def _make_tokenizer(model: Model) -> tuple[Tokenizer, Callable[[], Detokenizer]]
 
 
 def make_executor(
-    config: EngineConfig, model: Model, max_len: int, num_blocks: int, spare_slots: int = 0
+    config: EngineConfig, model: Model, max_len: int, num_blocks: int | None, spare_slots: int = 0
 ) -> tuple[Plan, Executor]:
     """The plan of ``model`` and the backend that runs it, its weights packed.
 
     Args:
         max_len: tokens of the longest sequence.
-        num_blocks: blocks of each cache group.
+        num_blocks: blocks of each cache group; None: as many as a GPU's memory has room for.
         spare_slots: slots beyond the config's max_num_seqs.
     """
     kv_dtype = _kv_dtype(config)
     graph = model.graph(config.max_num_batched_tokens, config.sampled_rows(), kv_dtype, config.block_size)
     sizes: dict[str, Any] = {
         "num_slots": config.max_num_seqs + spare_slots,
-        "num_blocks": [num_blocks] * len(graph.caches),
+        "num_blocks": [num_blocks or 0] * len(graph.caches),
         "max_blocks_per_slot": -(-max_len // config.block_size),
     }
     if config.backend == "reference":
@@ -206,11 +208,18 @@ def _make_cuda_executor(
 
     matrices = {w.tensor.format.name for w in model.weights.values() if len(w.tensor.shape) == 2}
     plan = compile(graph, cuda_target(kv_dtype, hidden_dtype(matrices)))
+    context = sizes["max_blocks_per_slot"] * config.block_size
     if config.device != "emulated":
         from ridgeline.backends.cuda.compiled import compile_for
 
-        context = sizes["max_blocks_per_slot"] * config.block_size
         compile_for(plan, device.arch, context, sizes["num_slots"], config.batch_invariant)
+    if config.fills_the_gpu:
+        from ridgeline.backends.cuda.budget import cache_blocks
+        from ridgeline.backends.cuda.memory import Limits
+
+        limits = Limits.of(plan, **sizes | {"num_blocks": []})
+        blocks = cache_blocks(plan, device.arch, limits, context, device.free_memory())
+        sizes["num_blocks"] = [blocks] * len(plan.caches)
     options: dict[str, Any] = {"batch_invariant": config.batch_invariant, "graphs": config.cuda_graphs}
     executor = CudaExecutor(plan, model.weights, device, **options, **sizes)
     if device.ranges is not None:

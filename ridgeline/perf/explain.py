@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ridgeline.core.config import EngineConfig
 from ridgeline.core.errors import ConfigError
-from ridgeline.core.hardware import MEMORY, Peaks
+from ridgeline.core.hardware import GPU_RESERVED, MEMORY, Peaks
 from ridgeline.graph.cost import Cost, Load
 from ridgeline.graph.ir import kv_row_bytes
 from ridgeline.graph.plan import Plan, PlanOp
@@ -20,9 +20,6 @@ from ridgeline.models.description import Description
 
 LAUNCH_SECONDS = 2e-6
 """Of a kernel within a CUDA graph: the gap to the one before it."""
-
-RESERVED = 1 << 30
-"""Bytes of a GPU that the driver, the context and the kernels' code take."""
 
 ASSUMPTIONS = (
     "weights and cache come from memory once a step and activations stay in the L2 cache",
@@ -74,7 +71,7 @@ class Memory:
     Attributes:
         total: of the device; 0: not known.
         cache_per_token: keys and values of one token in all layers.
-        workspace: what kernels use one after another.
+        workspace: what kernels use one after another, and what steps bring.
     """
 
     total: int
@@ -86,7 +83,7 @@ class Memory:
     @property
     def free(self) -> int:
         """What is left for the cache."""
-        return self.total - RESERVED - self.weights - self.arena - self.workspace
+        return self.total - GPU_RESERVED - self.weights - self.arena - self.workspace
 
     def cache(self, batch: int, context: int) -> int:
         """Of ``batch`` requests at ``context`` tokens."""

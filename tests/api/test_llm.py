@@ -305,6 +305,10 @@ def test_pool_and_context_sizes() -> None:
     assert EngineConfig(max_num_seqs=1).pool_blocks(8192) == 512  # one sequence at full length fits
     assert EngineConfig(max_num_seqs=2, max_model_len=100).pool_blocks(8192) == 14
     assert EngineConfig(num_kv_blocks=9).pool_blocks(8192) == 9
+    assert (
+        EngineConfig(backend="cuda").fills_the_gpu and not EngineConfig(backend="cuda", num_kv_blocks=9).fills_the_gpu
+    )
+    assert not EngineConfig(backend="cuda", device="emulated").fills_the_gpu and not EngineConfig().fills_the_gpu
     assert EngineConfig(kv_cache_bytes="1.5MiB").pool_blocks(8192, 2**18) == 6
     assert EngineConfig(kv_cache_bytes=2**20).pool_blocks(8192, 2**18) == 4
     assert parse_bytes("x", "2 GB") == 2 * 10**9 and parse_bytes("x", "17") == 17

@@ -116,7 +116,7 @@ class Device(Protocol):
         """A new stream."""
         ...
 
-    def total_memory(self) -> int:
+    def free_memory(self) -> int:
         """Bytes of the device's memory that are free now."""
         ...
 
@@ -280,6 +280,6 @@ class CudaDevice:
         """See ``Device``."""
         return str(torch.cuda.get_device_name())
 
-    def total_memory(self) -> int:
+    def free_memory(self) -> int:
         """See ``Device``."""
         return int(torch.cuda.mem_get_info()[0])

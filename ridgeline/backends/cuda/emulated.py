@@ -243,7 +243,7 @@ class EmulatedDevice:
         self._streams.append(EmulatedStream(self, len(self._streams)))
         return self._streams[-1]
 
-    def total_memory(self) -> int:
+    def free_memory(self) -> int:
         """See ``device.Device``."""
         return self._memory_bytes - sum(self.live.values())
 

@@ -25,14 +25,16 @@ from ridgeline.backends.cuda.launch import Launch
 from ridgeline.backends.cuda.lowering import Lowering, Sizes
 from ridgeline.backends.cuda.memory import DeviceMemory, Limits
 from ridgeline.backends.cuda.step import (
-    Adjustments,
+    Asked,
+    Held,
     Layout,
     adjustments,
+    asked,
     encode,
     few_first,
     held_rows,
-    needs_filters,
     sizes_of,
+    varying,
 )
 from ridgeline.backends.cuda.variants import buckets, key
 from ridgeline.backends.reference.slots import SlotLog
@@ -75,6 +77,7 @@ class Place:
 
     Attributes:
         inputs, staged: the block, and what varies in length after it, on the host and on the device.
+        held: what the host's block holds.
         results, best: as in ``DeviceMemory``, on the host.
         done: all of the step; None before the first.
     """
@@ -84,6 +87,7 @@ class Place:
     results: HostBuffer
     best: HostBuffer
     done: Event | None = None
+    held: Held = field(default_factory=Held)
     made: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -104,12 +108,14 @@ class Step:
 
     Attributes:
         batch: as it runs, requests of few tokens first; back: where each of its rows was; None: there.
+        asked: what its rows ask for.
         extras: what varies in length, on the device, by name.
         logits: a copy for rows under a mask, which are sampled when later steps may have run; None without any.
         hidden: the final norm's rows, on the host; None where none are pooled.
     """
 
     batch: Batch
+    asked: Asked
     bucket: Bucket
     place: Place
     extras: dict[str, torch.Tensor]
@@ -169,6 +175,7 @@ class CudaExecutor:
         self._open: dict[int, Step] = {}
         self._count = 0
         self._last: Step | None = None
+        self._asked: Asked | None = None
         beside = every_launch_beside(plan, self._buckets[-1].layout, self.memory.caches, device.arch)
         captured = [launch for bucket in self._buckets for launch in bucket.launches]
         device.ready({key(launch) for launch in captured + beside})
@@ -193,6 +200,11 @@ class CudaExecutor:
         size = max(bucket.layout.nbytes for bucket in self._buckets) + (1 << 12)
         results, best = (self.device.host(t.nbytes) for t in (self.memory.results, self.memory.best))
         return Place(self.device.host(size), self.device.memory(size), results, best)
+
+    @property
+    def num_blocks(self) -> list[int]:
+        """Blocks of each cache group."""
+        return list(self.memory.limits.num_blocks)
 
     @property
     def weights_bytes(self) -> int:
@@ -233,12 +245,15 @@ class CudaExecutor:
         """Queues a step. Raises RidgelineError when two are open or the batch is larger than the largest step."""
         if len(self._open) == RING - 1:
             raise RidgelineError(f"{RING - 1} steps are open: finish one first")
-        batch, back = few_first(batch)
-        bucket = self.bucket_of(sizes_of(batch))
+        widths = batch.query_starts[1:] - batch.query_starts[:-1]
+        bucket = self.bucket_of(sizes_of(batch, widths))
+        batch, back = few_first(batch, widths) if bucket.layout.sizes.prefills else (batch, None)
+        self._asked = asked(batch.sampling, self._asked)
         self._know_tokens(batch)
         place = self._ring[self._count % RING]
-        step = Step(batch, bucket, place, self._send(batch, bucket.layout, place), back)
-        self._compute.launch(self._updates(step.extras))
+        step = Step(batch, self._asked, bucket, place, self._send(batch, self._asked, bucket.layout, place), back)
+        if step.extras:
+            self._compute.launch(self._updates(step.extras))
         self._run_operators(bucket)
         self._sample(step)
         self._count += 1
@@ -292,29 +307,32 @@ class CudaExecutor:
                     tokens = np.where(tokens < 0, sampled, tokens)
                 self._logs[slot].feed(int(batch.positions[first]), tokens)
 
-    def _send(self, batch: Batch, layout: Layout, place: Place) -> dict[str, torch.Tensor]:
+    def _send(self, batch: Batch, ask: Asked, layout: Layout, place: Place) -> dict[str, torch.Tensor]:
         """Sends a step's block, and what varies in length, to the device; returns the latter's tensors there."""
         if place.done is not None:
             place.done.synchronize()
         adjusted = adjustments(batch, self._logs)
-        parts = _parts(batch, adjusted)
+        parts = varying(batch, adjusted)
         total = layout.nbytes + sum(_round_up(part.nbytes) for part in parts.values())
         if total > len(place.staged):
             self.device.free(place.staged)
             place.inputs, place.staged = self.device.host(2 * total), self.device.memory(2 * total)
             place.made.clear()
+            place.held = Held()
         block = place.inputs.write()
-        rows = np.zeros(len(batch.sample_rows), np.int32) if adjusted is None else adjusted.rows
-        encode(batch, place.once(("arrays", id(layout)), lambda: layout.arrays(block)), rows)
+        arrays = place.once(("arrays", id(layout)), lambda: layout.arrays(block))
+        encode(batch, layout, arrays, None if adjusted is None else adjusted.rows, ask, place.held)
         found, at = {}, layout.nbytes
         for name, part in parts.items():
             block[at : at + part.nbytes] = part.view(np.uint8).reshape(-1)
             dtype = torch.float32 if part.dtype == np.float32 else torch.int32
             found[name] = place.staged[at : at + part.nbytes].view(dtype).view(part.shape)
             at += _round_up(part.nbytes)
-        self._copies.copy_in(place.staged[:at], place.inputs)
+        size = layout.nbytes
+        to, fixed = place.once(("block", id(layout)), lambda: (self.memory.inputs[:size], place.staged[:size]))
+        self._copies.copy_in(fixed if at == size else place.staged[:at], place.inputs)
         self._compute.wait(self._copies.record())
-        self._compute.copy(self.memory.inputs[: layout.nbytes], place.staged[: layout.nbytes])
+        self._compute.copy(to, fixed)
         return found
 
     def _updates(self, extras: dict[str, torch.Tensor]) -> list[Launch]:
@@ -326,21 +344,21 @@ class CudaExecutor:
 
     def _sample(self, step: Step) -> None:
         """Samples every row that waits for no mask, and sends the results home."""
-        logits, sampling = step.bucket.logits, step.batch.sampling
-        if sampling["masked"].any():
+        logits = step.bucket.logits
+        if step.asked.masked:
             name = f"logits{self._ring.index(step.place)}"
             whole = whole_rows(logits)
             kept = self.memory.grown(name, whole.nbytes, self._compute)[: whole.nbytes].view(whole.dtype)
             self._compute.copy(kept.view(whole.shape), whole)
             step.logits = kept.view(whole.shape)[:, : logits.shape[1]]
         self._queue_sampling(step, "settles", logits, None)
-        if (sampling["num_logprobs"] > 0).any():
+        if step.asked.listed:
             ids, logprobs = self.memory.best[:, : len(logits)]
             tokens, wanted = self.memory.results[0, : len(logits)], step.fields["wanted"]
             best = top_logprobs(logits, tokens, wanted, ids, logprobs.view(torch.float32), arch=self.device.arch)
             self._compute.launch(best)
             self._compute.copy_out(step.place.best, self.memory.best)
-        if (sampling["target"] == POOL).any():
+        if step.asked.pooled:
             if step.bucket.hidden is None:
                 raise RidgelineError("this plan has no final norm whose rows could be pooled")
             rows = whole_rows(step.bucket.hidden)
@@ -354,10 +372,10 @@ class CudaExecutor:
 
     def _queue_sampling(self, step: Step, settles: str, logits: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Samples every row of ``logits``; settles the requests that the field ``settles`` names."""
-        memory, filters = self.memory, needs_filters(step.batch)
-        results = memory.results[:, : step.bucket.layout.sizes.rows]
+        memory, filters = self.memory, step.asked.filtered
 
         def launches(adjusted: Any) -> list[Launch]:
+            results = memory.results[:, : step.bucket.layout.sizes.rows]
             return sample_and_settle(
                 step.fields, settles, logits, results, memory.last_tokens, adjusted, mask, filters, self.device.arch
             )
@@ -388,7 +406,7 @@ class CudaExecutor:
         step = self._open.get(ticket.number)
         if step is None:
             raise RidgelineError(f"ticket {ticket.number} is not open: finish each ticket exactly once")
-        flagged = np.flatnonzero(step.batch.sampling["masked"])
+        flagged = np.flatnonzero(step.batch.sampling["masked"]) if step.asked.masked else ()
         given = 0 if masks is None else len(masks.bits)
         if given != len(flagged):
             raise RidgelineError(f"{len(flagged)} rows wait for a token mask, got {given}")
@@ -423,21 +441,25 @@ class CudaExecutor:
     def _output(self, step: Step, results: npt.NDArray[np.int32]) -> StepOutput:
         sampling = step.batch.sampling
         tokens, accepted = results[0], results[1]
-        tokens[sampling["target"] == POOL] = -1
-        logprobs = np.where(sampling["num_logprobs"] < 0, np.float32("nan"), results[2].view(np.float32))
-        logprobs[tokens < 0] = np.nan
-        pooled = sampling["target"] == POOL
-        hidden = self._hidden(step, pooled)
+        pooled = sampling["target"] == POOL if step.asked.pooled else None
+        if pooled is not None:
+            tokens[pooled] = -1
+        if step.asked.scored:
+            logprobs = np.where(sampling["num_logprobs"] < 0, np.float32("nan"), results[2].view(np.float32))
+            logprobs[tokens < 0] = np.nan
+        else:
+            logprobs = np.full(len(tokens), np.nan, np.float32)
+        hidden = np.zeros((0, 0), np.float32) if pooled is None else self._hidden(step, pooled)
         ids, best = self._best(step, tokens)
         if step.back is None:
             return StepOutput(tokens, accepted, logprobs, ids, best, hidden)
         old = np.argsort(step.back)
-        hidden = hidden[np.argsort(step.back[pooled])] if len(hidden) else hidden
+        hidden = hidden[np.argsort(step.back[pooled])] if pooled is not None else hidden
         return StepOutput(tokens[old], accepted[old], logprobs[old], ids[old], best[old], hidden)
 
     def _best(self, step: Step, tokens: Any) -> tuple[Any, Any]:
         """The most likely tokens of each row and their log probabilities, as wide as the row that asked for most."""
-        if not (step.batch.sampling["num_logprobs"] > 0).any():
+        if not step.asked.listed:
             return np.empty((len(tokens), 0), np.int32), np.empty((len(tokens), 0), np.float32)
         wanted = np.minimum(step.batch.sampling["num_logprobs"], step.bucket.logits.shape[1])
         wanted = np.where((step.batch.sampling["target"] == POOL) | (tokens < 0), 0, np.maximum(wanted, 0))
@@ -461,18 +483,6 @@ class CudaExecutor:
 def whole_rows(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's rows with what pads them: contiguous."""
     return tensor.as_strided((len(tensor), tensor.stride(0)), (tensor.stride(0), 1))
-
-
-def _parts(batch: Batch, adjusted: Adjustments | None) -> dict[str, npt.NDArray[Any]]:
-    """What varies in length from step to step, by name."""
-    parts: dict[str, npt.NDArray[Any]] = {}
-    for name, groups in (("updates", batch.block_updates), ("copies", batch.block_copies)):
-        for group, cells in enumerate(groups):
-            if len(cells):
-                parts[f"{name}{group}"] = np.ascontiguousarray(cells)
-    if adjusted is not None:
-        parts |= {"cells": adjusted.cells, "penalties": adjusted.penalties}
-    return parts
 
 
 def _round_up(nbytes: int) -> int:

@@ -75,19 +75,21 @@ class Layout:
         return StepTensors(token_ids=token_ids, identity=identity, **{name: f[name] for name in names})
 
 
-def sizes_of(batch: Batch) -> Sizes:
-    """A batch's own sizes, without padding."""
-    most = int(np.diff(batch.query_starts).max(initial=0))
-    return Sizes(len(batch.token_ids), len(batch.slots), len(batch.sample_rows), most > FEW_TOKENS)
+def sizes_of(batch: Batch, widths: Int32) -> Sizes:
+    """A batch's own sizes, without padding; ``widths``: tokens of each of its requests."""
+    prefills = len(widths) > 0 and int(widths.max()) > FEW_TOKENS
+    return Sizes(len(batch.token_ids), len(batch.slots), len(batch.sample_rows), prefills)
 
 
-def few_first(batch: Batch) -> tuple[Batch, npt.NDArray[np.intp] | None]:
+def few_first(batch: Batch, widths: Int32) -> tuple[Batch, npt.NDArray[np.intp] | None]:
     """A batch whose requests of at most FEW_TOKENS tokens come first, the decode kernel's.
+
+    Args:
+        widths: tokens of each of its requests.
 
     Returns:
         The batch, and for each of its rows where it was; None for one that has been so, as schedulers leave most.
     """
-    widths = np.diff(batch.query_starts)
     many = widths > FEW_TOKENS
     if not (many[:-1] & ~many[1:]).any():
         return batch, None
@@ -110,40 +112,105 @@ def few_first(batch: Batch) -> tuple[Batch, npt.NDArray[np.intp] | None]:
     ), back
 
 
-def encode(batch: Batch, f: Mapping[str, Any], adjusted: Int32) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What the rows of a step ask for. Most steps' rows are the last one's, so it is looked at once for them all.
+
+    Attributes:
+        rows: the bytes of ``Batch.sampling``.
+        masked, pooled, filtered: whether any row waits for a mask, wants its hidden state, has top-k or top-p.
+        scored, listed: whether any wants its token's log probability, and those of the most likely.
+    """
+
+    rows: bytes
+    masked: bool
+    pooled: bool
+    filtered: bool
+    scored: bool
+    listed: bool
+
+
+def asked(sampling: npt.NDArray[np.void], last: Asked | None) -> Asked:
+    """What ``sampling`` asks for; ``last``: what was found of an earlier step's."""
+    rows = sampling.tobytes()
+    if last is not None and rows == last.rows:
+        return last
+    most = int(sampling["num_logprobs"].max(initial=-1))
+    return Asked(
+        rows,
+        masked=bool(sampling["masked"].any()),
+        pooled=bool((sampling["target"] == POOL).any()),
+        filtered=bool(((sampling["top_k"] > 0) | (sampling["top_p"] < 1)).any()),
+        scored=most >= 0,
+        listed=most > 0,
+    )
+
+
+@dataclass
+class Held:
+    """What a block on the host holds from the step before: of that nothing is written again.
+
+    Attributes:
+        layout, counts: whose fields lie in it, and tokens, requests and rows of that step: beyond them is padding.
+        rows: the bytes of its rows' parameters; None where masks or adjustments had a part in them.
+    """
+
+    layout: Layout | None = None
+    counts: tuple[int, int, int] = (0, 0, 0)
+    rows: bytes | None = None
+
+
+def encode(batch: Batch, layout: Layout, f: Mapping[str, Any], adjusted: Int32 | None, ask: Asked, held: Held) -> None:
     """Writes a batch into a bucket's block.
 
     Args:
-        f: its fields (``Layout.arrays``).
-        adjusted: [S] for each row, its row of token counts and bias; 0: the one without any.
+        f: the fields of ``layout`` in it (``Layout.arrays``).
+        adjusted: [S] for each row, its row of token counts and bias; 0: the one without any; None: all have none.
+        held: of this block; brought up to date.
     """
-    t, s = len(batch.token_ids), len(batch.sample_rows)
-    _padded(f["fed"], batch.token_ids, 0)
-    _padded(f["positions"], batch.positions, 0)
-    _padded(f["token_slots"], np.repeat(batch.slots, np.diff(batch.query_starts)), -1)
-    _padded(f["slots"], batch.slots, 0)
-    _padded(f["context_lens"], batch.context_lens, 0)
-    _padded(f["query_starts"], batch.query_starts, t)
-    row_starts = np.searchsorted(batch.sample_rows, batch.query_starts)
-    _padded(f["row_starts"], row_starts, s)
-    _padded(f["sample_rows"], batch.sample_rows, 0)
-    _padded(f["next_positions"], batch.positions[batch.sample_rows] + 1, 0)
-    rows = batch.sampling
+    t, b, s = counts = len(batch.token_ids), len(batch.slots), len(batch.sample_rows)
+    pads = held.layout is not layout or held.counts != counts
+    alone = t == b == s  # every request has a token and a row, if none has more: prefills and drafts have
+    alone = alone and bool((batch.query_starts[1:] - batch.query_starts[:-1] == 1).all())
+    owners = batch.slots if alone else np.repeat(batch.slots, np.diff(batch.query_starts))
+    positions = batch.positions if alone else batch.positions[batch.sample_rows]
+    row_starts = batch.query_starts if alone else np.searchsorted(batch.sample_rows, batch.query_starts)
+    for name, values, rest in (
+        ("fed", batch.token_ids, 0),
+        ("positions", batch.positions, 0),
+        ("token_slots", owners, -1),
+        ("slots", batch.slots, 0),
+        ("context_lens", batch.context_lens, 0),
+        ("query_starts", batch.query_starts, t),
+        ("row_starts", row_starts, s),
+        ("sample_rows", batch.sample_rows, 0),
+        ("next_positions", positions + 1, 0),
+    ):
+        field, n = f[name], len(values)
+        field[:n] = values
+        if pads:
+            field[n:] = rest
+    plain = adjusted is None and not ask.masked
+    if pads or not plain or held.rows != ask.rows:
+        _encode_rows(batch, f, adjusted)
+    held.layout, held.counts, held.rows = layout, counts, ask.rows if plain else None
+
+
+def _encode_rows(batch: Batch, f: Mapping[str, Any], adjusted: Int32 | None) -> None:
+    """What the sampler reads of each row beside its place."""
+    rows, s = batch.sampling, len(batch.sample_rows)
     _padded(f["sample_indices"], rows["sample_index"], 0)
     _padded(f["top_ks"], np.maximum(rows["top_k"], 0), 0)
     _padded(f["targets"], rows["target"], 0)
     held = held_rows(batch)
     _padded(f["settles"], np.where(held, 1, rows["target"]), 1)
     _padded(f["settles_masked"], np.where(held, rows["target"], 1), 1)
-    _padded(f["adjusted"], adjusted, 0)
+    _padded(f["adjusted"], np.zeros(s, np.int32) if adjusted is None else adjusted, 0)
     _padded(f["wanted"], np.where(rows["target"] == POOL, 0, rows["num_logprobs"]), 0)
     _padded(f["temperatures"], rows["temperature"], 0.0)
     _padded(f["top_ps"], rows["top_p"], 1.0)
-    if rows["min_p"].any():
-        with np.errstate(divide="ignore"):
-            _padded(f["floors"], np.log(rows["min_p"]), -np.inf)
-    else:
-        f["floors"][:] = -np.inf
+    with np.errstate(divide="ignore"):
+        _padded(f["floors"], np.log(rows["min_p"]), -np.inf)
     f["seeds"][:s, 0] = (rows["seed"] & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32)
     f["seeds"][:s, 1] = (rows["seed"] >> np.uint64(32)).astype(np.uint32).view(np.int32)
     f["seeds"][s:] = 0
@@ -153,11 +220,6 @@ def _padded(field: Any, values: Any, rest: Any) -> None:
     n = len(values)
     field[:n] = values
     field[n:] = rest
-
-
-def needs_filters(batch: Batch) -> bool:
-    """Whether any row has top-k or top-p."""
-    return bool(((batch.sampling["top_k"] > 0) | (batch.sampling["top_p"] < 1)).any())
 
 
 def held_rows(batch: Batch) -> npt.NDArray[np.bool_]:
@@ -222,3 +284,15 @@ def _cells(place: int, log: SlotLog, tokens: Int32) -> list[tuple[int, int, int,
         (place, token, counts.get(token, 0), int(bias.get(token, np.float32(0)).view(np.int32)))
         for token in sorted(counts.keys() | bias.keys())
     ]
+
+
+def varying(batch: Batch, adjusted: Adjustments | None) -> dict[str, npt.NDArray[Any]]:
+    """What varies in length from step to step, by name."""
+    parts: dict[str, npt.NDArray[Any]] = {}
+    for name, groups in (("updates", batch.block_updates), ("copies", batch.block_copies)):
+        for group, cells in enumerate(groups):
+            if len(cells):
+                parts[f"{name}{group}"] = np.ascontiguousarray(cells)
+    if adjusted is not None:
+        parts |= {"cells": adjusted.cells, "penalties": adjusted.penalties}
+    return parts
