@@ -158,7 +158,8 @@ def render(table: OpTable) -> list[str]:
     parts += [f"{kind} {table.total(kind) / table.seconds:.1%}" for kind in ("runtime", "host") if table.of_kind(kind)]
     lines.append(f"sum: {', '.join(parts)} of the step; mean of the quieter {table.kept} of {table.steps} steps")
     if table.overhead is not None:
-        lines.append(f"counters on, a step takes {table.overhead:+.2%} (median of {table.steps} pairs on and off)")
+        more = "{:+.2%} ({:+.2%} to {:+.2%} with 95% confidence".format(*table.overhead)
+        lines.append(f"counters on, a step takes {more}: median of {table.steps} pairs on and off)")
     lines += table.notes
     return [*lines, table.verdict()]
 

@@ -94,7 +94,8 @@ class OpTable:
         tokens: computed in it.
         rows: the longest first, within a kind.
         steps: measured, of which ``kept``, the quieter half, are in the table.
-        overhead: what the counters add to a step, as a share of it; None: not measured.
+        overhead: what the counters add to a step, as a share of it, and between which two shares that lies with
+            95% confidence; None: not measured.
         notes: what else a reader should know.
     """
 
@@ -105,7 +106,7 @@ class OpTable:
     peaks: Peaks
     steps: int = 1
     kept: int = 1
-    overhead: float | None = None
+    overhead: tuple[float, float, float] | None = None
     notes: tuple[str, ...] = field(default=())
 
     @property

@@ -58,7 +58,7 @@ def _section(table: OpTable) -> str:
         f"peaks {peaks.bandwidth / 1e9:.1f} GB/s, int8 {peaks.int8 / 1e9:,.0f} and bf16 {peaks.bf16 / 1e9:,.0f} GOP/s",
     ]
     if table.overhead is not None:
-        facts.append(f"counters add {table.overhead:+.2%}")
+        facts.append("counters add {:+.2%} ({:+.2%} to {:+.2%})".format(*table.overhead))
     notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in table.notes)
     return (
         f"<section><h2>{escape(table.title)}</h2>\n"

@@ -5,6 +5,7 @@ Steps with and without counters alternate, so that what the counters cost is mea
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ from ridgeline.perf.machine import Neighbours, better, measure_peaks
 from ridgeline.perf.operators import OpRow, OpTable, operator_costs, ordered
 from ridgeline.perf.work import WARM, Shape, Work, check_shapes
 
+BLOCK = 4
+"""Steps of one kind, with counters or without, that follow each other."""
+
 Float64 = npt.NDArray[np.float64]
 
 RUNTIME = ("copy_blocks", "wake", "prepare", "settle")
@@ -34,6 +38,11 @@ class Stopwatch:
     """Seconds of calls by name, those within them included."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Back to zero."""
+        for name in self.seconds:
+            self.seconds[name] = 0.0
 
     def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """See ``core.ranges.Wrap``. A call that raises is not counted."""
@@ -80,6 +89,8 @@ class CpuProfiler:
         self.native.reset_profile()
         self.samples: list[Sample] = []
         self.plain: list[float] = []
+        self._watch = Stopwatch()
+        self._undo: Callable[[], None] | None = None
         self._neighbours = Neighbours()
         self._before = self._read()
 
@@ -93,6 +104,15 @@ class CpuProfiler:
         _, total, rows = self.native.profile()
         return total, np.array([row[1:] for row in rows], np.float64)
 
+    def switch(self, on: bool) -> None:
+        """Puts counters and clocks where steps will find them, or takes them away."""
+        self.native.set_profiling(on)
+        if on and self._undo is None:
+            self._undo = self.runtime.engine.trace(self._watch.wrap)
+        elif not on and self._undo is not None:
+            self._undo()
+            self._undo = None
+
     def names(self) -> list[str]:
         """Of the counters' rows: labels of the plan's operators, then "sample" and ``RUNTIME``."""
         labels = [op.label for segment in self.runtime.plan.segments for op in segment.ops]
@@ -100,19 +120,16 @@ class CpuProfiler:
 
     def time(self, step: Callable[[], None], counted: bool) -> None:
         """Runs a step, with counters or without."""
-        watch = Stopwatch()
-        if counted:
-            undo = self.runtime.engine.trace(watch.wrap)
-            self.native.set_profiling(True)
+        self.switch(counted)
+        self._watch.clear()
         start = time.perf_counter()
         step()
         wall = time.perf_counter() - start
-        if counted:
-            self.native.set_profiling(False)
-            undo()
         total, rows = self._read()  # after every step, so that both kinds find the caches in the same state
         if counted:
-            self.samples.append(Sample(wall, watch.seconds, total - self._before[0], rows - self._before[1]))
+            self.samples.append(
+                Sample(wall, dict(self._watch.seconds), total - self._before[0], rows - self._before[1])
+            )
         else:
             self.plain.append(wall)
         self._before = total, rows
@@ -131,8 +148,9 @@ class CpuProfiler:
         rows = self._native_rows(counters, loads, peaks) + _host_rows(kept)
         ratios = [s.wall / plain for s, plain in zip(self.samples, self.plain, strict=True)]
         wall = statistics.fmean(s.wall for s in kept)
-        overhead = statistics.median(ratios) - 1
-        return OpTable(title, wall, tokens, ordered(rows), peaks, len(self.samples), len(kept), overhead, notes)
+        return OpTable(
+            title, wall, tokens, ordered(rows), peaks, len(self.samples), len(kept), median_of(ratios), notes
+        )
 
     def _native_rows(self, counters: Float64, loads: Sequence[Load], peaks: Peaks) -> list[OpRow]:
         costs = operator_costs(self.runtime.plan, loads, peaks)
@@ -157,6 +175,14 @@ class CpuProfiler:
         return [row for row in rows if row.calls]
 
 
+def median_of(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """The median of ratios less 1, and the two that it lies between with 95% confidence, by their ranks."""
+    found, number = sorted(ratios), len(ratios)
+    reach = 0.98 * number**0.5
+    low, high = max(0, math.floor((number - 1) / 2 - reach)), min(number - 1, math.ceil((number - 1) / 2 + reach))
+    return statistics.median(found) - 1, found[low] - 1, found[high] - 1
+
+
 def _host_rows(samples: Sequence[Sample]) -> list[OpRow]:
     """Python's parts of a step, means over samples."""
 
@@ -177,15 +203,22 @@ def run_profile(runtime: Runtime, shapes: Sequence[Shape], steps: int) -> list[O
     """A table for each shape.
 
     Args:
-        steps: decode steps with counters, and as many without; prompts are a sixteenth of that, at least 4.
+        steps: decode steps with counters, and as many without; prompts are a sixteenth of that. Rounded up to fours.
 
     Raises ConfigError for what the engine cannot hold, or a backend without counters.
     """
-    check_shapes(runtime, shapes, 2 * steps + WARM)
+    if steps < 1:
+        raise ConfigError(f"profile needs at least 1 step, got {steps}")
+    check_shapes(runtime, shapes, 2 * _fours(steps) + WARM)
     peaks = measure_peaks(runtime.config.threads, runtime.config.isa)
-    measured = [_measure(runtime, shape, steps if shape.decodes else max(4, steps // 16)) for shape in shapes]
+    measured = [_measure(runtime, shape, _fours(steps if shape.decodes else steps // 16)) for shape in shapes]
     peaks = better(peaks, measure_peaks(runtime.config.threads, runtime.config.isa))
     return [table(peaks) for table in measured]
+
+
+def _fours(number: int) -> int:
+    """The least multiple of ``BLOCK`` above 0 that is not under it."""
+    return max(1, -(-number // BLOCK)) * BLOCK
 
 
 def _measure(runtime: Runtime, shape: Shape, pairs: int) -> Callable[[Peaks], OpTable]:
@@ -195,6 +228,8 @@ def _measure(runtime: Runtime, shape: Shape, pairs: int) -> Callable[[Peaks], Op
     for number, step in enumerate(work.steps()):
         if number == WARM:
             profiler.begin()
-        # With counters and without, in turns: first the one, in the next pair the other.
-        profiler.time(step, counted=number // 2 % 2 == number % 2)
+        # Four with counters, eight without, eight with, ...: a step after a change is slower, for Python has to find
+        # the methods again. As many of each, and close together.
+        profiler.time(step, counted=((number - WARM) // BLOCK + 1) // 2 % 2 == 0)
+    profiler.switch(False)
     return partial(profiler.table, work.title, shape.tokens, work.loads, profiler.notes())

@@ -52,7 +52,7 @@ def table() -> OpTable:
         row("norm", 0.1),
         row("schedule", 0.1, kind="host"),
     ]
-    return OpTable("decode, batch 1", 1.0, 4, ordered(rows), PEAKS, 8, 4, 0.005, ("a note",))
+    return OpTable("decode, batch 1", 1.0, 4, ordered(rows), PEAKS, 8, 4, (0.005, -0.01, 0.02), ("a note",))
 
 
 def test_rows_in_order_and_what_is_in_none() -> None:
@@ -69,7 +69,8 @@ def test_the_text() -> None:
     assert "decode, batch 1: 1000.000 ms, 4 tokens/s, 45% of the roofline" in text
     linear = next(line for line in text.splitlines() if line.startswith("linear"))
     assert linear.split()[2:] == ["30", "500000.0", "50.0%", "80.0", "160", "80%", "4%", "0%", "memory"]
-    assert "counters on, a step takes +0.50% (median of 8 pairs on and off)" in text and "a note" in text
+    assert "counters on, a step takes +0.50% (-1.00% to +2.00% with 95% confidence: median of 8 pairs" in text
+    assert "a note" in text
     assert as_dict(table())["rows"][0]["roofline_share"] == pytest.approx(0.8)
 
 

@@ -33,7 +33,7 @@ def test_tables_of_a_prompt_and_of_decode_steps(runtime: Any) -> None:
     calls = {row.name: row.calls for row in prompt.rows}
     assert calls["linear gate+up"] == 2 * 3  # two layers, three chunks of up to 64 tokens
     assert calls["linear embed"] == 3 and calls["sample"] == 3
-    assert decode.title.startswith("decode, batch 3, context ") and decode.steps == 5 and decode.tokens == 3
+    assert decode.title.startswith("decode, batch 3, context ") and decode.steps == 8 and decode.tokens == 3
     calls = {row.name: row.calls for row in decode.rows}
     assert calls["add_rms_norm norm"] == 4 and calls["attention"] == 2 and calls["prepare"] == 1
     assert {"schedule", "make the batch", "launch and finish"} <= calls.keys()
@@ -82,6 +82,12 @@ def test_a_request_that_stands_still_ends_the_run(runtime: Any) -> None:
 def test_what_does_not_fit_is_refused(runtime: Any, shape: Shape, steps: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_shapes(runtime, [shape], steps)
+
+
+def test_the_median_and_what_it_lies_between() -> None:
+    median, low, high = profile.median_of([1 + i / 100 for i in range(101)])
+    assert median == pytest.approx(0.5) and (low, high) == (pytest.approx(0.4), pytest.approx(0.6))
+    assert profile.median_of([1.5]) == (0.5, 0.5, 0.5)
 
 
 def test_shapes() -> None:
