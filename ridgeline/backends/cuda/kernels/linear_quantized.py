@@ -99,15 +99,15 @@ def weights_of(
 @triton.jit
 def _part(codes, above, part: tl.constexpr, BITS: tl.constexpr):
     """The codes of one part, int32, from its tile and the tile of what is above their low four bits."""
-    if BITS == 8:
-        found = codes
-    else:
-        found = codes >> 4 if part % 2 else codes & 15
+    found = codes.to(tl.int32)
+    if BITS < 8:
+        found = found >> 4 if part % 2 else found & 15
     if BITS == 5 or BITS == 6:
         MASK: tl.constexpr = ((1 << (BITS - 4)) - 1) << 4
         SHIFT: tl.constexpr = 4 - part * (BITS - 4)
-        found |= (above << SHIFT if SHIFT > 0 else above >> -SHIFT) & MASK
-    return found.to(tl.int32)
+        more = above.to(tl.int32)
+        found |= (more << SHIFT if SHIFT > 0 else more >> -SHIFT) & MASK
+    return found
 
 
 @triton.jit
@@ -248,7 +248,7 @@ def linear_quantized_kernel(
 
 def half_of(group: int, bits: int = 4) -> int:
     """H: codes of one group that lie side by side. Of 5 bits at most 32, so that a step is no longer than 256."""
-    return min(group, 32 if bits == 5 else 64)
+    return min(group, 32 if bits in (5, 6) else 64)
 
 
 def parts_of(bits: int) -> int:
