@@ -71,7 +71,27 @@ CONFIGS: dict[str, tuple[Tile, ...]] = {
         Tile(MANY, 128, 128, 64, num_warps=8, num_stages=2, per_sm=1, swap=True),
     ),
 }
-"""Configurations by architecture, by rows; block_k is H, half a step of K."""
+"""Configurations by architecture, by rows; block_k is H, a part of a step of K."""
+
+CONFIGS_OF_6 = {
+    "sm_80": (Tile(16, 16, 64, 64, num_warps=4, num_stages=5, per_sm=2, swap=True), *CONFIGS["sm_80"][1:]),
+    "sm_90": CONFIGS["sm_90"],
+}
+"""Of 6 bits: the addresses of four parts leave eight warps registers for one program."""
+
+CONFIGS_OF_5 = {
+    "sm_80": (
+        Tile(16, 16, 64, 64, num_warps=4, num_stages=4, per_sm=2, swap=True),
+        Tile(64, 64, 64, 64, num_warps=8, num_stages=3, per_sm=1, swap=True),
+        CONFIGS["sm_80"][2],
+    ),
+    "sm_90": (
+        Tile(16, 16, 64, 64, num_warps=4, num_stages=4, per_sm=3, swap=True),
+        Tile(64, 64, 128, 64, num_warps=4, num_stages=2, per_sm=2, swap=True),
+        CONFIGS["sm_90"][2],
+    ),
+}
+"""Of 5 bits: a step, and so a stage, is twice as long."""
 
 
 @triton.jit
@@ -352,7 +372,8 @@ def linear_quantized(
 
 
 def _tile(arch: str, m: int, group: int, bits: int, regular: bool, out: torch.Tensor) -> Tile:
-    tile = replace(gemm.pick(CONFIGS[arch], m, regular, out), block_k=half_of(group, bits))
+    table = {5: CONFIGS_OF_5, 6: CONFIGS_OF_6}.get(bits, CONFIGS)[arch]
+    tile = replace(gemm.pick(table, m, regular, out), block_k=half_of(group, bits))
     return tile if regular else replace(tile, num_warps=4)
 
 
