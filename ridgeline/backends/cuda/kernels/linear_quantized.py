@@ -28,7 +28,7 @@ other instructions before it gets there, two more of 5 and 6 bits, five more thr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd
 from typing import Any, Literal
@@ -405,21 +405,52 @@ def check_codes(
             raise ValueError(f"scales and offsets are contiguous and {scales_shape}")
 
 
+@dataclass(frozen=True)
+class _Format:
+    """A format whose card is kept: of whole layers, or of the qkv projection alone.
+
+    Attributes:
+        bytes: of one weight, scales and zeros included.
+    """
+
+    name: str
+    bits: int
+    group: int
+    offset: Offset
+    bytes: float
+    whole: bool = False
+
+
+FORMATS = (
+    _Format("4 bits", 4, 128, "zero", 0.5 + 4 / 128, whole=True),  # AWQ
+    _Format("8 bits", 8, 32, "middle", 1 + 2 / 32, whole=True),  # Q8_0
+    _Format("5 bits", 5, 32, "minimum", 0.625 + 4 / 32),  # Q5_1
+    _Format("6 bits", 6, 16, "middle", 0.75 + 2 / 16),
+    _Format("codebook", 4, 32, "codebook", 0.5 + 2 / 32),  # IQ4_NL
+)
+
+
 def card_shapes(arch: str) -> list[CardShape]:
-    """The projections of an 8B Llama layer: 4 bits with zeros per group of 128 (AWQ), and Q8_0's of 32."""
-    found = gemm.llama_shapes(partial(_card_launches, 4), arch, weight_bytes=0.5 + 4 / 128, input_bytes=2.0)
-    wide = gemm.llama_shapes(partial(_card_launches, 8), arch, weight_bytes=1 + 2 / 32, input_bytes=2.0)
-    return [replace(shape, name=f"{bits} bits {shape.name}") for bits, of in ((4, found), (8, wide)) for shape in of]
+    """The projections of an 8B Llama layer."""
+    shapes = []
+    for form in FORMATS:
+        found = gemm.llama_shapes(partial(_card_launches, form), arch, weight_bytes=form.bytes, input_bytes=2.0)
+        kept = [shape for shape in found if form.whole or shape.name.startswith("qkv")]
+        shapes += [replace(shape, name=f"{form.name} {shape.name}") for shape in kept]
+    return shapes
 
 
-def _card_launches(bits: int, m: int, n: int, k: int, after: Epilogue, out: torch.Tensor, arch: str) -> list[Launch]:
+def _card_launches(
+    form: _Format, m: int, n: int, k: int, after: Epilogue, out: torch.Tensor, arch: str
+) -> list[Launch]:
     x = torch.empty(m, k, dtype=torch.bfloat16, device="meta")
-    group = 128 if bits == 4 else 32
-    shapes = packed_shapes(n, k, group, bits)
+    shapes = packed_shapes(n, k, form.group, form.bits)
     codes = torch.empty(shapes[0], dtype=torch.uint8, device="meta")
-    scales, zeros = (torch.empty(shapes[1], dtype=torch.float16, device="meta") for _ in range(2))
-    workspace, counters = linear_quantized_scratch(m, n, k, group, bits).tensors("meta")
-    how: dict[str, Any] = {"workspace": workspace, "counters": counters, "group": group, "bits": bits, "after": after}
-    if bits == 4:
-        how |= {"offset": "zero", "offsets": zeros}
-    return linear_quantized(x, codes, scales, out, arch, **how)
+    scales, offsets = (torch.empty(shapes[1], dtype=torch.float16, device="meta") for _ in range(2))
+    workspace, counters = linear_quantized_scratch(m, n, k, form.group, form.bits).tensors("meta")
+    how: dict[str, Any] = {"group": form.group, "bits": form.bits, "offset": form.offset, "after": after}
+    if form.offset in ("minimum", "zero"):
+        how["offsets"] = offsets
+    elif form.offset == "codebook":
+        how["codebook"] = range(-128, 128, 16)
+    return linear_quantized(x, codes, scales, out, arch, workspace=workspace, counters=counters, **how)
