@@ -21,8 +21,8 @@ that GPTQ sorted by group (its order of activations) are met by x's own: ``gathe
 Weights are computed in fp32 in registers, where each of these is exact but for one rounding to x's dtype, and are the
 tensor core's first operand for any number of rows (on sm_90 wgmma takes that one from registers).
 
-Roofline: a quarter, or half, of ``linear``'s weight bytes and its rate on the tensor cores; a code costs about four
-other instructions before it gets there, two more of 5 and 6 bits, five more through a codebook.
+Roofline: a quarter to half of ``linear``'s weight bytes and its rate on the tensor cores; a code costs about four other
+instructions before it gets there, two more of 5 and 6 bits, seven or eight more through a codebook.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ BITS = (4, 5, 6, 8)
 
 CONFIGS: dict[str, tuple[Tile, ...]] = {
     "sm_80": (
-        Tile(16, 16, 64, 64, num_warps=8, num_stages=5, per_sm=2, swap=True),
+        Tile(16, 16, 64, 64, num_warps=4, num_stages=5, per_sm=3, swap=True),
         Tile(64, 64, 64, 64, num_warps=4, num_stages=4, per_sm=2, swap=True),
         Tile(MANY, 128, 128, 64, num_warps=8, num_stages=2, per_sm=1, swap=True),
     ),
@@ -72,12 +72,6 @@ CONFIGS: dict[str, tuple[Tile, ...]] = {
     ),
 }
 """Configurations by architecture, by rows; block_k is H, a part of a step of K."""
-
-CONFIGS_OF_6 = {
-    "sm_80": (Tile(16, 16, 64, 64, num_warps=4, num_stages=5, per_sm=2, swap=True), *CONFIGS["sm_80"][1:]),
-    "sm_90": CONFIGS["sm_90"],
-}
-"""Of 6 bits: the addresses of four parts leave eight warps registers for one program."""
 
 CONFIGS_OF_5 = {
     "sm_80": (
@@ -372,7 +366,7 @@ def linear_quantized(
 
 
 def _tile(arch: str, m: int, group: int, bits: int, regular: bool, out: torch.Tensor) -> Tile:
-    table = {5: CONFIGS_OF_5, 6: CONFIGS_OF_6}.get(bits, CONFIGS)[arch]
+    table = (CONFIGS_OF_5 if bits == 5 else CONFIGS)[arch]
     tile = replace(gemm.pick(table, m, regular, out), block_k=half_of(group, bits))
     return tile if regular else replace(tile, num_warps=4)
 
