@@ -261,13 +261,13 @@ def linear_quantized_kernel(
 
 
 def half_of(group: int, bits: int = 4) -> int:
-    """H: codes of one group that lie side by side. Of 5 bits at most 32, so that a step is no longer than 256."""
+    """H: codes of one group that lie side by side. Of 5 and 6 bits at most 32: a step is 256 and 128 long then."""
     return min(group, 32 if bits in (5, 6) else 64)
 
 
 def parts_of(bits: int) -> int:
     """PARTS: the fewest codes that fill whole bytes."""
-    return 8 // gcd(8, bits) if bits != 8 else 1
+    return 8 // gcd(8, bits)
 
 
 def step_of(group: int, bits: int) -> int:
