@@ -5,21 +5,21 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from ridgeline.backends.cuda.gemm import Epilogue, Scratch
-from ridgeline.backends.cuda.kernels.gather import gather_quantized
+from ridgeline.backends.cuda.kernels.gather import gather_columns, gather_quantized
 from ridgeline.backends.cuda.kernels.linear import linear, linear_scratch
 from ridgeline.backends.cuda.kernels.linear_fp8 import BLOCK, linear_fp8, linear_fp8_scratch, scale_shapes
 from ridgeline.backends.cuda.kernels.linear_int8 import linear_int8, linear_int8_scratch
-from ridgeline.backends.cuda.kernels.linear_quantized import linear_quantized, linear_quantized_scratch, pack
+from ridgeline.backends.cuda.kernels.linear_quantized import linear_quantized, linear_quantized_scratch
 from ridgeline.backends.cuda.ladder.climb import Climb, Expected
 from ridgeline.backends.reference.numerics import rounded
 from ridgeline.backends.reference.ops import run_op
 from tests.cases import ROW_CASES, RowCase, seed_of
+from tests.gpu.codes import FILES, KINDS, Codes, scales_of
 from tests.gpu.row_cases import exact, numbers, tensor
 from tests.ops.accuracy import plain_gate, plain_linear
 
@@ -33,7 +33,8 @@ class LinearCase:
 
     Attributes:
         op: the kernel's file.
-        kind: of the weight: "f16", "bf16", "int8"; of FP8, how it is scaled; of 4-bit codes, their group and offset.
+        kind: of the weight: "f16", "bf16", "int8"; of FP8, how it is scaled; of codes, one of
+            ``codes.KINDS`` or ``codes.FILES``.
         out: dtype of the output.
         after: of "bias", "silu_mul" and "residual".
         programs: so many take turns; None as launched.
@@ -97,17 +98,28 @@ def _narrow(op: str, kinds: tuple[str, ...]) -> list[LinearCase]:
     return cases
 
 
-KINDS_OF_CODES = ("4-32-middle", "4-32-minimum", "4-64-zero", "4-128-zero", "8-32-middle", "8-64-minimum", "8-128-zero")
-"""Bits, group, offset."""
+def _codes_above() -> list[LinearCase]:
+    """Codes of 5 and 6 bits, of a book and in groups of 16: every tile, parts of steps, one step and several."""
+    cases, op = [], "linear_quantized"
+    for i, kind in enumerate(KINDS[7:]):
+        cases += [LinearCase(op, rows, 80, 272, kind, "bf16") for rows in (2, 17, 66)]
+        cases += [LinearCase(op, 3, 33, k, kind) for k in ((1, 130), (31, 128), (33, 257))[i % 3]]
+        cases += [LinearCase(op, rows, 32, 1040 - 16 * (i % 2), kind, "bf16", (), 2) for rows in (1, 66)]
+        cases += [LinearCase(op, (2, 40, 80)[i % 3], 64, 512, kind, "bf16", EVERYTHING)]
+    return cases
+
 
 CASES: list[RowCase | LinearCase] = [
     *(c for c in ROW_CASES if _fits(c)),
     *_floats(),
     *_narrow("linear_int8", ("int8",)),
     *_narrow("linear_fp8", ("tensor", "row", "block")),
-    *_narrow("linear_quantized", KINDS_OF_CODES),
+    *_narrow("linear_quantized", KINDS[:7]),
+    *_codes_above(),
     *_whole_steps("linear_quantized", ("4-32-middle", "4-32-minimum", "8-32-middle")),
-    *(LinearCase("gather", 5, 40, k, kind, "bf16") for kind in KINDS_OF_CODES for k in (96, 1100)),
+    *(LinearCase("linear_quantized", m, 48, 384, kind, "bf16") for kind in FILES for m in (2, 70)),
+    *(LinearCase("gather", 5, 40, k, kind, "bf16") for kind in KINDS for k in (96, 1100)),
+    *(LinearCase("gather", 3, 40, k, "columns", out) for k, out in ((100, "bf16"), (1100, "f32"))),
 ]
 
 
@@ -194,13 +206,9 @@ def _padded(x: np.ndarray, like: torch.dtype) -> torch.Tensor:
     return wide.view(like)[:, : x.shape[1]]
 
 
-def _scales(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    return (0.01 + 0.02 * rng.random(shape)).astype(np.float32)
-
-
 def _int8(case: LinearCase, arch: str, rng: np.random.Generator, only: int | None) -> Climb:
     codes, w_codes = _pick(_codes(rng, (case.rows, case.k)), only), _codes(rng, (case.n, case.k))
-    scales, w_scales = _pick(_scales(rng, (case.rows,)), only), _scales(rng, (case.n,))
+    scales, w_scales = _pick(scales_of(rng, (case.rows,)), only), scales_of(rng, (case.n,))
     x, w = _padded(codes, torch.int8), _padded(w_codes, torch.int8)
     x_scale, w_scale = torch.from_numpy(scales.copy()), torch.from_numpy(w_scales)
     after = _After(case, rng, only)
@@ -223,7 +231,7 @@ def _fp8(case: LinearCase, arch: str, rng: np.random.Generator, only: int | None
     shapes = scale_shapes(case.rows, case.n, case.k, scaling)
     x = _padded(_pick(_e4m3(rng, (case.rows, case.k)), only), torch.float8_e4m3fn)
     w = _padded(_e4m3(rng, (case.n, case.k)), torch.float8_e4m3fn)
-    scales, w_scales = (_scales(rng, shape) for shape in shapes)
+    scales, w_scales = (scales_of(rng, shape) for shape in shapes)
     scales = scales if scaling == "tensor" else _pick(scales, only)
     after = _After(case, rng, only)
     scratch = _scratch(linear_fp8_scratch(len(x), case.n, case.k))
@@ -262,40 +270,16 @@ def _fp8_numbers(
     return y
 
 
-@dataclass(frozen=True)
-class _Codes:
-    """A quantized weight: packed, and as the numbers it stands for."""
-
-    packed: torch.Tensor
-    scales: torch.Tensor
-    offsets: torch.Tensor | None
-    numbers: np.ndarray
-    how: dict[str, Any]
-
-    @classmethod
-    def of(cls, case: LinearCase, rng: np.random.Generator) -> _Codes:
-        bits, group, offset = (t(v) for t, v in zip((int, int, str), case.kind.split("-"), strict=True))
-        groups, middle = -(-case.k // group), 1 << (bits - 1)
-        codes = rng.integers(0, 1 << bits, (case.n, case.k)).astype(np.uint8)
-        scales = _scales(rng, (case.n, groups)).astype(np.float16)
-        zeros = rng.integers(0, 1 << bits, (case.n, groups))
-        offsets = (zeros if offset == "zero" else -middle * _scales(rng, (case.n, groups))).astype(np.float16)
-        s, o = (np.repeat(t.astype(np.float64), group, axis=1)[:, : case.k] for t in (scales, offsets))
-        c = codes.astype(np.float64)
-        numbers = c * s + o if offset == "minimum" else (c - (middle if offset == "middle" else o)) * s
-        packed, packed_scales = pack(torch.from_numpy(codes), torch.from_numpy(scales), group, bits)
-        added = None if offset == "middle" else pack(torch.from_numpy(codes), torch.from_numpy(offsets), group, bits)[1]
-        return cls(packed, packed_scales, added, numbers, {"group": group, "bits": bits, "offset": offset})
-
-
 def _quantized(case: LinearCase, arch: str, rng: np.random.Generator, only: int | None) -> Climb:
-    w = _Codes.of(case, rng)
+    w = Codes.of(case.kind, case.n, case.k, rng)
     dtype = "f16" if w.offsets is None else "bf16"
     x = tensor(_pick(numbers(rng, (case.rows, case.k)), only), dtype)
+    met = x if w.order is None else torch.empty_like(x)
     after = _After(case, rng, only)
     scratch = _scratch(linear_quantized_scratch(len(x), case.n, case.k, w.how["group"], w.how["bits"]))
-    launches = linear_quantized(
-        x, w.packed, w.scales, after.out, arch, offsets=w.offsets, after=after.epilogue, **scratch, **w.how
+    launches = [] if w.order is None else gather_columns(x, w.order, met, arch=arch)
+    launches += linear_quantized(
+        met, w.packed, w.scales, after.out, arch, offsets=w.offsets, after=after.epilogue, **scratch, **w.how
     )
     truth = exact(x).astype(np.float64) @ w.numbers.T
     plain = plain_linear(exact(x), rounded(w.numbers.astype(np.float32), dtype), None)
@@ -304,12 +288,24 @@ def _quantized(case: LinearCase, arch: str, rng: np.random.Generator, only: int 
 
 def _gathered(case: LinearCase, arch: str, rng: np.random.Generator, only: int | None) -> Climb:
     """Rows of a quantized weight by index, as an embedding takes them."""
-    w = _Codes.of(case, rng)
+    if case.kind == "columns":
+        return _columns(case, arch, rng, only)
+    w = Codes.of(case.kind, case.n, case.k, rng)
     index = _pick(rng.integers(0, case.n, case.rows).astype(np.int32), only)
     out = tensor(np.zeros((len(index), case.k), np.float32), case.out)
     launches = gather_quantized(w.packed, w.scales, w.offsets, torch.from_numpy(index), out, arch=arch, **w.how)
     truth = w.numbers[index]
     return Climb(launches, (Expected(out, truth, truth.astype(np.float32)),))
+
+
+def _columns(case: LinearCase, arch: str, rng: np.random.Generator, only: int | None) -> Climb:
+    """Columns of activations in another order."""
+    x = tensor(_pick(numbers(rng, (case.rows, case.k)), only), case.out)
+    order = rng.permutation(case.k).astype(np.int32)
+    out = tensor(np.zeros(x.shape, np.float32), case.out)
+    truth = exact(x)[:, order]
+    launches = gather_columns(x, torch.from_numpy(order), out, arch=arch)
+    return Climb(launches, (Expected(out, truth.astype(np.float64), truth),))
 
 
 MAKERS: dict[str, Callable[..., Climb]] = {

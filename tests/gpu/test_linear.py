@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from ridgeline.backends.cuda.gemm import MOST_SPLIT_ROWS, Epilogue, split_k, traffic
+from ridgeline.backends.cuda.kernels.gather import gather_columns
 from ridgeline.backends.cuda.kernels.linear import linear, linear_scratch
 from ridgeline.backends.cuda.kernels.linear_quantized import linear_quantized, pack, packed_shapes
 from ridgeline.backends.cuda.ladder.interpret import run
 from ridgeline.backends.cuda.launch import ARCHS, cdiv
+from tests.gpu.codes import BOOK
 from tests.gpu.linear_cases import LinearCase, build
 
 KINDS = (
@@ -20,6 +22,10 @@ KINDS = (
     ("linear_fp8", "block"),
     ("linear_quantized", "4-128-zero"),
     ("linear_quantized", "8-32-middle"),
+    ("linear_quantized", "5-32-middle"),
+    ("linear_quantized", "6-16-middle"),
+    ("linear_quantized", "4-32-codebook"),
+    ("linear_quantized", "gptq-4-64-mixed"),
 )
 
 
@@ -29,12 +35,12 @@ def test_parts_side_by_side_or_one_after_another(op: str, kind: str, arch: str) 
     """Many rows add the parts of K in one program, one row in several: the bits are the same."""
     case = LinearCase(op, MOST_SPLIT_ROWS + 1, 32, 1040, kind)
     whole = build(case, arch)
-    meta = whole.launches[0].config.meta
+    meta = whole.launches[-1].config.meta
     assert meta["SPLIT"] > 1 and not meta["PARALLEL"]
     run(whole.launches)
     for row in (0, MOST_SPLIT_ROWS):
         alone = build(case, arch, only=row)
-        assert alone.launches[0].config.meta["PARALLEL"]
+        assert alone.launches[-1].config.meta["PARALLEL"]
         run(alone.launches, seed=row)
         assert torch.equal(alone.expected[0].tensor[0], whole.expected[0].tensor[row])
 
@@ -72,10 +78,48 @@ def test_launchers_refuse_what_is_no_product() -> None:
         linear(bf16(2, 4096), bf16(48, 4096), out, "sm_90")
     assert linear_scratch(2, 48, 4096).partials > 0 == linear_scratch(MOST_SPLIT_ROWS + 1, 48, 4096).partials
     codes, scales = (torch.empty(s, device="meta") for s in packed_shapes(48, 64, 32))
-    with pytest.raises(ValueError, match="in groups of 16"):
-        linear_quantized(x, codes, scales, out, "sm_90", group=16)
+    with pytest.raises(ValueError, match="in groups of 24"):
+        linear_quantized(x, codes, scales, out, "sm_90", group=24)
+    with pytest.raises(ValueError, match="codes of 3 bits"):
+        linear_quantized(x, codes, scales, out, "sm_90", group=32, bits=3)
     with pytest.raises(ValueError, match="without offsets"):
         linear_quantized(x, codes, scales, out, "sm_90", group=32, offset="zero")
+    for offset in ("middle", "codebook"):
+        with pytest.raises(ValueError, match=f"'{offset}' with offsets"):
+            linear_quantized(x, codes, scales, out, "sm_90", group=32, offset=offset, offsets=scales)
+    with pytest.raises(ValueError, match="without a codebook"):
+        linear_quantized(x, codes, scales, out, "sm_90", group=32, offset="codebook")
+    with pytest.raises(ValueError, match="with a codebook"):
+        linear_quantized(x, codes, scales, out, "sm_90", group=32, codebook=BOOK)
+    for book in (BOOK[1:], (*BOOK[1:], 128)):
+        with pytest.raises(ValueError, match="16 signed bytes"):
+            linear_quantized(x, codes, scales, out, "sm_90", group=32, offset="codebook", codebook=book)
+    with pytest.raises(ValueError, match="codes are"):
+        linear_quantized(x, codes, scales, out, "sm_90", group=32, bits=5)
+    with pytest.raises(ValueError, match="scales are"):
+        linear_quantized(x, codes, scales[:1], out, "sm_90", group=32)
+    with pytest.raises(ValueError, match="columns"):
+        gather_columns(x, torch.empty(63, dtype=torch.int32), torch.empty_like(x))
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "half", "parts"), [(5, 16, 16, 8), (5, 64, 32, 8), (6, 16, 16, 4), (6, 32, 32, 4)]
+)
+def test_five_and_six_bit_codes_lie_as_documented(bits: int, group: int, half: int, parts: int) -> None:
+    codes = torch.randint(0, 1 << bits, (3, 300), dtype=torch.uint8)
+    scales = torch.rand(3, cdiv(300, group)).half()
+    packed, turned = pack(codes, scales, group, bits)
+    assert (tuple(packed.shape), tuple(turned.shape)) == packed_shapes(3, 300, group, bits)
+    assert packed.shape[1] % (bits * half * parts // 8) == 0 and (packed.shape[1] * 8 // bits - 300) < half * parts
+    padded = torch.nn.functional.pad(codes, (0, packed.shape[1] * 8 // bits - 300))
+    for k in range(padded.shape[1]):
+        (step, within), j = divmod(k, parts * half), k % half
+        part = within // half
+        tiles = packed[:, step * bits * half * parts // 8 :]
+        low = tiles[:, (1 + part // 2) * half + j] >> 4 * (part % 2) & 15
+        above = tiles[:, j] >> part * (bits - 4) & (1 << bits - 4) - 1
+        assert torch.equal(low | above << 4, padded[:, k])
+    assert torch.equal(turned[: scales.shape[1]].T, scales) and not turned[scales.shape[1] :].any()
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])

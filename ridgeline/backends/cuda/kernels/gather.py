@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ridgeline.backends.cuda.kernels.linear_quantized import Offset, half_of, weights_of
+from ridgeline.backends.cuda.kernels.linear_quantized import (
+    Offset,
+    book_of,
+    check_codes,
+    half_of,
+    parts_of,
+    weights_of,
+)
 from ridgeline.backends.cuda.launch import CardShape, Config, Launch, cdiv
 
 CONFIGS: dict[str, Config] = {
@@ -45,27 +52,58 @@ def gather(table: torch.Tensor, index: torch.Tensor, out: torch.Tensor, *, arch:
 
 
 @triton.jit
+def gather_columns_kernel(x, index, out, x_stride, out_stride, N: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK columns of a row, from wherever they are."""
+    r = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.load(index + c, mask=c < N, other=0)
+    v = tl.load(x + r * x_stride + column, mask=c < N)
+    tl.store(out + r * out_stride + c, v, mask=c < N)
+
+
+def gather_columns(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor, *, arch: str = "sm_90") -> list[Launch]:
+    """out[:, c] = x[:, index[c]]: the order that GPTQ's sorted columns meet x in.
+
+    x [M, K], index int32 [K] within it, out [M, K] of x's type. A launch before the product: what it moves is the
+    activations, once there and once back, and the product's copies stay 16 bytes wide.
+    """
+    if out.shape != x.shape or tuple(index.shape) != (x.shape[1],) or out.dtype != x.dtype:
+        raise ValueError(
+            f"columns {tuple(index.shape)} of {x.dtype} {tuple(x.shape)} into {out.dtype} {tuple(out.shape)}"
+        )
+    (rows, columns), config = out.shape, CONFIGS[arch]
+    args = {"x": x, "index": index, "out": out, "x_stride": x.stride(0), "out_stride": out.stride(0)}
+    meta = {**config.meta, "N": columns}
+    grid = (rows, cdiv(columns, config.meta["BLOCK"]))
+    return [Launch(gather_columns_kernel, grid, args, Config(meta, config.num_warps, config.num_stages), ("out",))]
+
+
+@triton.jit
 def gather_quantized_kernel(
     codes, scales, offsets, index, out, code_stride, out_stride,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
-    BITS: tl.constexpr, OFFSET: tl.constexpr,
+    BITS: tl.constexpr, PARTS: tl.constexpr, OFFSET: tl.constexpr, BOOK_LOW: tl.constexpr, BOOK_HIGH: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns of a row of codes (``linear_quantized``'s layout), as numbers."""
-    PARTS: tl.constexpr = 8 // BITS
+    ABOVE: tl.constexpr = 1 if BITS == 5 or BITS == 6 else 0
     r = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = c < N
     row = tl.load(index + r).to(tl.int64)
-    byte = c // (PARTS * HALF) * HALF + c % HALF
-    code = tl.load(codes + row * code_stride + byte, mask=live, other=0).to(tl.int32)
-    if BITS == 4:
-        code = (code >> (4 * (c % (PARTS * HALF) // HALF))) & 15
+    part, first = c // HALF % PARTS, c // (PARTS * HALF) * (PARTS * BITS // 8 * HALF) + c % HALF
+    at = codes + row * code_stride + first
+    code = tl.load(at + (ABOVE + part // 2) * HALF, mask=live, other=0).to(tl.int32)
+    if BITS < 8:
+        code = (code >> (4 * (part % 2))) & 15
+    if ABOVE:
+        above = tl.load(at, mask=live, other=0).to(tl.int32) >> (part * (BITS - 4))
+        code |= (above & ((1 << (BITS - 4)) - 1)) << 4
     group = (c // WIDTH).to(tl.int64) * ROWS + row
     scale = tl.load(scales + group, mask=live, other=0.0)
     offset = scale
-    if OFFSET != "middle":
+    if OFFSET == "minimum" or OFFSET == "zero":
         offset = tl.load(offsets + group, mask=live, other=0.0)
-    v = weights_of(code[:, None], scale, offset, BITS, OFFSET)
+    v = weights_of(code[:, None], scale, offset, BITS, OFFSET, BOOK_LOW, BOOK_HIGH)
     tl.store(out + r * out_stride + c, tl.sum(v, axis=1).to(out.dtype.element_ty), mask=live)
 
 
@@ -79,9 +117,11 @@ def gather_quantized(
     group: int,
     bits: int,
     offset: Offset,
+    codebook: Sequence[int] | None = None,
     arch: str = "sm_90",
 ) -> list[Launch]:
     """out[r] = weights[index[r]] of a weight in ``linear_quantized``'s layout: out [R, K] of a float type."""
+    check_codes(codes, scales, offsets, out.shape[1], group, bits, offset, codebook)
     config = CONFIGS[arch]
     args = {
         "codes": codes,
@@ -92,8 +132,8 @@ def gather_quantized(
         "code_stride": codes.stride(0),
         "out_stride": out.stride(0),
     }
-    sizes = {"N": out.shape[1], "ROWS": codes.shape[0], "HALF": half_of(group), "WIDTH": group}
-    meta = {**config.meta, **sizes, "BITS": bits, "OFFSET": offset}
+    sizes = {"N": out.shape[1], "ROWS": codes.shape[0], "HALF": half_of(group, bits), "WIDTH": group}
+    meta = {**config.meta, **sizes, "BITS": bits, "PARTS": parts_of(bits), "OFFSET": offset, **book_of(codebook)}
     grid = (out.shape[0], cdiv(out.shape[1], config.meta["BLOCK"]))
     return [Launch(gather_quantized_kernel, grid, args, Config(meta, config.num_warps, config.num_stages), ("out",))]
 
