@@ -160,14 +160,16 @@ def _closing_line(llm: LLM, prompt: int, first: float, times: list[float]) -> st
     steps = len(times) - 1
     line = f"[{len(times)} tokens, first after {first:.2f} s"
     if steps > 0:
-        from ridgeline.graph.cost import Load
-        from ridgeline.perf.bench import step_share
-        from ridgeline.perf.machine import measure_peaks
-
         seconds = times[-1] - times[0]
-        loads = [Load.of([(prompt + steps // 2, 1)])] * steps
-        share = step_share(llm.runtime, measure_peaks(llm.config.threads, llm.config.isa, 0.1), loads, seconds)
-        line += f", {steps / seconds:.0f} tokens/s, {share:.0%} of this machine's roofline"
+        line += f", {steps / seconds:.{0 if steps >= seconds else 4}f} tokens/s"
+        if llm.config.device != "emulated":
+            from ridgeline.graph.cost import Load
+            from ridgeline.perf.bench import step_share
+            from ridgeline.perf.machine import peaks_of
+
+            loads = [Load.of([(prompt + steps // 2, 1)])] * steps
+            share = step_share(llm.runtime, peaks_of(llm.runtime, 0.1), loads, seconds)
+            line += f", {share:.0%} of this machine's roofline"
     return line + "]"
 
 

@@ -19,7 +19,7 @@ from ridgeline.engine.load import Runtime
 from ridgeline.engine.request import Request
 from ridgeline.graph.cost import Cost, Load
 from ridgeline.graph.roofline import roofline
-from ridgeline.perf.machine import better, measure_peaks
+from ridgeline.perf.machine import better, peaks_of
 
 DEPTH = 128  # tokens in the cache before a decode measurement begins
 
@@ -94,7 +94,7 @@ def run_bench(
     0 to leave its tests out. Raises ConfigError for what the engine cannot hold.
     """
     _check_sizes(runtime, prompt, generate, batches, repetitions)
-    peaks = measure_peaks(runtime.config.threads, runtime.config.isa)
+    peaks = peaks_of(runtime)
     timed: list[tuple[str, int, list[float], list[Load]]] = []
     if prompt:
         timed.append((f"pp{prompt}", prompt, *_prefill(runtime, prompt, repetitions)))
@@ -103,7 +103,7 @@ def run_bench(
             name = f"tg{generate}" + (f" b{batch}" if batch > 1 else "")
             timed.append((name, batch * generate, *_decode(runtime, generate, batch, repetitions)))
     first, rss = _fresh_process(runtime, repetitions) if fresh else (float("nan"), float("nan"))
-    peaks = better(peaks, measure_peaks(runtime.config.threads, runtime.config.isa))
+    peaks = better(peaks, peaks_of(runtime))
     return Report([_measurement(runtime, peaks, *t) for t in timed], peaks, runtime.load_seconds, first, rss)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import astuple
 
-from ridgeline.core.hardware import Peaks
+from ridgeline.core.errors import ConfigError
+from ridgeline.core.hardware import Peaks, datasheet_of
+from ridgeline.engine.load import Runtime
 
 BUFFER_BYTES = 96 << 20  # larger than the caches of the machines we know, as large as a small model
 
@@ -25,6 +28,19 @@ def measure_peaks(threads: int | None = None, isa: str | None = None, seconds: f
     return Peaks(bandwidth * 1e9, rates["int8"] * 1e9, rates["bf16"] * 1e9, rates["f32"] * 1e9)
 
 
+def peaks_of(runtime: Runtime, seconds: float = 0.3) -> Peaks:
+    """Peaks of what a loaded model runs on: of a GPU by its datasheet, of a CPU measured.
+
+    Raises ConfigError for the emulated device, which has no speed, and for a GPU whose datasheet is not known.
+    """
+    config = runtime.config
+    if config.backend == "cuda":
+        if config.device == "emulated":
+            raise ConfigError("the emulated device has no speed to measure: take a GPU, or the cpu backend")
+        return datasheet_of(runtime.executor.device.name())  # type: ignore[attr-defined]
+    return measure_peaks(config.threads, config.isa, seconds)
+
+
 def usable_threads() -> int:
     """Threads that affinity and cgroup allow."""
     import ridgeline.backends.cpu._native as native
@@ -34,7 +50,7 @@ def usable_threads() -> int:
 
 def better(a: Peaks, b: Peaks) -> Peaks:
     """The best of two measurements: what others take from the machine can only lower one."""
-    return Peaks(max(a.bandwidth, b.bandwidth), max(a.int8, b.int8), max(a.bf16, b.bf16), max(a.f32, b.f32))
+    return Peaks(*(max(x, y) for x, y in zip(astuple(a), astuple(b), strict=True)))
 
 
 class Neighbours:

@@ -20,7 +20,7 @@ from ridgeline.core.errors import ConfigError
 from ridgeline.core.hardware import Peaks
 from ridgeline.engine.load import Runtime
 from ridgeline.graph.cost import Load
-from ridgeline.perf.machine import Neighbours, better, measure_peaks
+from ridgeline.perf.machine import Neighbours, better, peaks_of
 from ridgeline.perf.operators import OpRow, OpTable, operator_costs, ordered
 from ridgeline.perf.work import WARM, Shape, Work, check_shapes
 
@@ -210,9 +210,9 @@ def run_profile(runtime: Runtime, shapes: Sequence[Shape], steps: int) -> list[O
     if steps < 1:
         raise ConfigError(f"profile needs at least 1 step, got {steps}")
     check_shapes(runtime, shapes, 2 * _fours(steps) + WARM)
-    peaks = measure_peaks(runtime.config.threads, runtime.config.isa)
+    peaks = peaks_of(runtime)
     measured = [_measure(runtime, shape, _fours(steps if shape.decodes else steps // 16)) for shape in shapes]
-    peaks = better(peaks, measure_peaks(runtime.config.threads, runtime.config.isa))
+    peaks = better(peaks, peaks_of(runtime))
     return [table(peaks) for table in measured]
 
 

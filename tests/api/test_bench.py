@@ -47,7 +47,7 @@ def test_a_request_that_stands_still_ends_the_run(monkeypatch: pytest.MonkeyPatc
             if self.num_waiting or any(not s.prefilled for s in self._scheduler.running):
                 super().step()
 
-    monkeypatch.setattr(bench, "measure_peaks", lambda *args: Peaks(1.0, 1.0, 1.0, 1.0))
+    monkeypatch.setattr(bench, "peaks_of", lambda *args: Peaks(1.0, 1.0, 1.0, 1.0))
     with pytest.raises(RidgelineError, match="not every one of 2 requests decoded 8 tokens"):
         bench.run_bench(runtime(Still), 0, 8, [2], 1, fresh=False)
 

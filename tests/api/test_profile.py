@@ -16,7 +16,7 @@ from ridgeline.perf import profile
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peaks that take no time to measure."""
-    monkeypatch.setattr(profile, "measure_peaks", lambda *args: Peaks(1e11, 1e12, 1e12, 1e12))
+    monkeypatch.setattr(profile, "peaks_of", lambda *args: Peaks(1e11, 1e12, 1e12, 1e12))
 
 
 def ridgeline(*args: str) -> None:

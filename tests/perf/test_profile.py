@@ -20,7 +20,7 @@ from tests.invariance.small_models import BLOCKS, SLOTS, executor, model_of
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A small model's engine: 4 requests and 64 tokens a step."""
-    monkeypatch.setattr(profile, "measure_peaks", lambda *args: Peaks(1e11, 1e12, 1e12, 1e12))
+    monkeypatch.setattr(profile, "peaks_of", lambda *args: Peaks(1e11, 1e12, 1e12, 1e12))
     runs = executor("q4_1", "generic", 2)
     limits = EngineLimits(4, 64, 512, 80, 16, [SLOTS * BLOCKS])
     config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=64)

@@ -170,6 +170,11 @@ class ExactBuilder(InterpreterBuilder):  # type: ignore[misc]
             return TensorHandle(output, tl.int1)
         return TensorHandle(encode(output, dtype), dtype)
 
+    def create_fneg(self, arg: TensorHandle) -> TensorHandle:
+        """The sign flipped (Triton 3.9; before, 0 - x)."""
+        dtype = arg.dtype.scalar
+        return TensorHandle(encode(-decode(arg.data, dtype), dtype), dtype)
+
     def create_minnumf(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
         """The smaller; the number if one is NaN."""
         return self.binary_op(lhs, rhs, np.fmin)
@@ -225,28 +230,22 @@ class ExactBuilder(InterpreterBuilder):  # type: ignore[misc]
         return TensorHandle(encode(dot(left, right, decode(d.data, dtype)), dtype), dtype)
 
     def create_masked_load(
-        self,
-        ptrs: TensorHandle,
-        mask: TensorHandle,
-        other: TensorHandle | None,
-        cache_modifier: Any,
-        eviction_policy: Any,
-        is_volatile: Any,
+        self, ptrs: TensorHandle, mask: TensorHandle, other: TensorHandle | None, *how: Any
     ) -> TensorHandle:
-        """A load whose live lanes are checked; the others, given no value, hold what a register may hold: anything."""
+        """A load whose live lanes are checked; the others, given no value, hold what a register may hold: anything.
+
+        ``how``: cache hints, of which Triton 3.9 has one fewer than 3.7.
+        """
         self.guard.load(self._region(ptrs), self._live(ptrs, mask), self._item(ptrs))
         if other is None:
             other = _anything(ptrs.data.shape, ptrs.get_element_ty())
-        how = (cache_modifier, eviction_policy, is_volatile)
         result: TensorHandle = super().create_masked_load(ptrs, mask, other, *how)
         return result
 
-    def create_masked_store(
-        self, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, cache_modifier: Any, eviction_policy: Any
-    ) -> Any:
+    def create_masked_store(self, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, *how: Any) -> Any:
         """A store whose live lanes are checked."""
         self.guard.store(self._region(ptrs), self._live(ptrs, mask), self._item(ptrs))
-        return super().create_masked_store(ptrs, value, mask, cache_modifier, eviction_policy)
+        return super().create_masked_store(ptrs, value, mask, *how)
 
     def create_atomic_rmw(
         self, op: Any, ptr: TensorHandle, val: TensorHandle, mask: TensorHandle, sem: Any, scope: Any
@@ -362,7 +361,8 @@ def _descriptor_pointers(original: Any) -> Any:
     def materialize(self: Any, *args: Any) -> Any:
         pointers, masks = original(self, *args)
         pointers.attr["origin"] = self.base.attr.get("origin")
-        return pointers, TensorHandle(masks, tl.int1)  # a bare array in the stock interpreter
+        # A bare array before Triton 3.9.
+        return pointers, masks if isinstance(masks, TensorHandle) else TensorHandle(masks, tl.int1)
 
     return materialize
 
