@@ -230,22 +230,24 @@ class ExactBuilder(InterpreterBuilder):  # type: ignore[misc]
         return TensorHandle(encode(dot(left, right, decode(d.data, dtype)), dtype), dtype)
 
     def create_masked_load(
-        self, ptrs: TensorHandle, mask: TensorHandle, other: TensorHandle | None, *how: Any
+        self, ptrs: TensorHandle, mask: TensorHandle, other: TensorHandle | None, *how: Any, **named: Any
     ) -> TensorHandle:
         """A load whose live lanes are checked; the others, given no value, hold what a register may hold: anything.
 
-        ``how``: cache hints, of which Triton 3.9 has one fewer than 3.7.
+        ``how``, ``named``: cache hints, of which Triton 3.9 has one fewer than 3.7.
         """
         self.guard.load(self._region(ptrs), self._live(ptrs, mask), self._item(ptrs))
         if other is None:
             other = _anything(ptrs.data.shape, ptrs.get_element_ty())
-        result: TensorHandle = super().create_masked_load(ptrs, mask, other, *how)
+        result: TensorHandle = super().create_masked_load(ptrs, mask, other, *how, **named)
         return result
 
-    def create_masked_store(self, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, *how: Any) -> Any:
+    def create_masked_store(
+        self, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, *how: Any, **named: Any
+    ) -> Any:
         """A store whose live lanes are checked."""
         self.guard.store(self._region(ptrs), self._live(ptrs, mask), self._item(ptrs))
-        return super().create_masked_store(ptrs, value, mask, *how)
+        return super().create_masked_store(ptrs, value, mask, *how, **named)
 
     def create_atomic_rmw(
         self, op: Any, ptr: TensorHandle, val: TensorHandle, mask: TensorHandle, sem: Any, scope: Any
