@@ -291,7 +291,9 @@ def _gathered(case: LinearCase, arch: str, rng: np.random.Generator, only: int |
     if case.kind == "columns":
         return _columns(case, arch, rng, only)
     w = Codes.of(case.kind, case.n, case.k, rng)
-    index = _pick(rng.integers(0, case.n, case.rows).astype(np.int32), only)
+    index = rng.integers(0, case.n, case.rows).astype(np.int32)
+    index[-1] = case.n - 1  # past whose end nothing may be read
+    index = _pick(index, only)
     out = tensor(np.zeros((len(index), case.k), np.float32), case.out)
     launches = gather_quantized(w.packed, w.scales, w.offsets, torch.from_numpy(index), out, arch=arch, **w.how)
     truth = w.numbers[index]

@@ -56,7 +56,7 @@ def gather_columns_kernel(x, index, out, x_stride, out_stride, N: tl.constexpr, 
     """BLOCK columns of a row, from wherever they are."""
     r = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.load(index + c, mask=c < N, other=0)
+    column = tl.load(index + c, mask=c < N)
     v = tl.load(x + r * x_stride + column, mask=c < N)
     tl.store(out + r * out_stride + c, v, mask=c < N)
 
@@ -92,17 +92,17 @@ def gather_quantized_kernel(
     row = tl.load(index + r).to(tl.int64)
     part, first = c // HALF % PARTS, c // (PARTS * HALF) * (PARTS * BITS // 8 * HALF) + c % HALF
     at = codes + row * code_stride + first
-    code = tl.load(at + (ABOVE + part // 2) * HALF, mask=live, other=0).to(tl.int32)
+    code = tl.load(at + (ABOVE + part // 2) * HALF, mask=live).to(tl.int32)
     if BITS < 8:
-        code = (code >> (4 * (part % 2))) & 15
+        code = (code >> (part % 2 * 4)) & 15
     if ABOVE:
-        above = tl.load(at, mask=live, other=0).to(tl.int32) >> (part * (BITS - 4))
+        above = tl.load(at, mask=live).to(tl.int32) >> (part * (BITS - 4))
         code |= (above & ((1 << (BITS - 4)) - 1)) << 4
     group = (c // WIDTH).to(tl.int64) * ROWS + row
-    scale = tl.load(scales + group, mask=live, other=0.0)
+    scale = tl.load(scales + group, mask=live)
     offset = scale
     if OFFSET == "minimum" or OFFSET == "zero":
-        offset = tl.load(offsets + group, mask=live, other=0.0)
+        offset = tl.load(offsets + group, mask=live)
     v = weights_of(code[:, None], scale, offset, BITS, OFFSET, BOOK_LOW, BOOK_HIGH)
     tl.store(out + r * out_stride + c, tl.sum(v, axis=1).to(out.dtype.element_ty), mask=live)
 
