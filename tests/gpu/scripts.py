@@ -22,13 +22,13 @@ class Owner:
     """Who has a slot.
 
     Attributes:
-        length: tokens in the cache; blocks: by cache group.
+        length: tokens in the cache; blocks: by cache group, None where a window has left one behind.
         sampled: whether it has; held: the step that has drafts or masks of it; begun: the step it began with.
         special: whether its sampler holds more than its defaults.
     """
 
     length: int = 0
-    blocks: list[list[int]] = field(default_factory=list)
+    blocks: list[list[int | None]] = field(default_factory=list)
     sampled: bool = False
     held: int = -1
     begun: int = 0
@@ -47,12 +47,13 @@ class Piece:
 
 
 class Script:
-    """Draws batches for four slots of an executor with so many cache groups."""
+    """Draws batches for four slots of an executor with a cache group for each window, 0 for none."""
 
-    def __init__(self, seed: int, groups: int, num_blocks: int = 40) -> None:
+    def __init__(self, seed: int, windows: tuple[int, ...] = (0,), num_blocks: int = 40) -> None:
         self.rng = Random(seed)
+        self.windows = windows
         self.owners = [Owner() for _ in range(4)]
-        self.free = [self.rng.sample(range(num_blocks), num_blocks) for _ in range(groups)]
+        self.free = [self.rng.sample(range(num_blocks), num_blocks) for _ in windows]
         self.number = 0
         self.pieces: dict[int, list[Piece]] = {}
 
@@ -97,11 +98,15 @@ class Script:
         settled = source is not owner and source.begun < self.number and source.held < self.number - 1
         forks = settled and source.length and rng.random() < 0.6
         if forks:
-            fresh.length = rng.randint(1, source.length)
+            length = rng.choice([source.length, rng.randint(1, source.length)])
+            there = all(None not in source.blocks[g][self._first(g, length) :] for g in range(len(self.free)))
+            fresh.length = length if there else 0
         for group, free in enumerate(self.free):
             if owner.blocks:
-                free[:0] = owner.blocks[group]
-            for index in range(-(-fresh.length // BLOCK)):
+                free[:0] = [block for block in owner.blocks[group] if block is not None]
+            first = self._first(group, fresh.length) if fresh.length else 0
+            fresh.blocks[group] = [None] * first
+            for index in range(first, -(-fresh.length // BLOCK)):
                 copies[group].append((source.blocks[group][index], free[-1]))
                 updates[group].append((slot, index, free[-1]))
                 fresh.blocks[group].append(free.pop())
@@ -110,6 +115,11 @@ class Script:
             starts.append(self._start(slot, fresh.length) if wants else SlotStart(slot))
         fresh.special = wants
         self.owners[slot] = fresh
+
+    def _first(self, group: int, position: int) -> int:
+        """The first block of a group that a token at a position reads."""
+        window = self.windows[group]
+        return max(0, position - window + 1) // BLOCK if window else 0
 
     def _start(self, slot: int, known: int) -> SlotStart:
         rng, ids = self.rng, np.array(self.rng.sample(range(VOCAB), 3), np.int32)
@@ -166,6 +176,7 @@ class Script:
         bounds, lens, rows = [0], [], []
         for piece in pieces:
             owner = self.owners[piece.slot]
+            self._leave(owner)
             rows += [len(tokens) + row for row in piece.rows]
             tokens += piece.tokens
             positions += range(owner.length, owner.length + len(piece.tokens))
@@ -185,6 +196,15 @@ class Script:
         cells = [np.array(u, np.int32).reshape(-1, 3) for u in updates]
         copied = [np.array(c, np.int32).reshape(-1, 2) for c in copies] if any(copies) else []
         return Batch(*arrays, sampling, cells, copied, starts), self._masks(int(sampling["masked"].sum()))
+
+    def _leave(self, owner: Owner) -> None:
+        """Gives back blocks that no window of the next step reaches; somebody else may write them in that very step."""
+        for group, free in enumerate(self.free):
+            for index in range(self._first(group, owner.length)):
+                block = owner.blocks[group][index]
+                if block is not None:
+                    free.append(block)
+                    owner.blocks[group][index] = None
 
     def _masks(self, count: int) -> TokenMasks | None:
         if not count:

@@ -1,4 +1,4 @@
-"""An executor whose every step is repeated by the reference: numbers near the truth, samples exactly as they must be."""
+"""An executor whose every step is repeated by the reference: numbers near the truth, samples exactly as they must."""
 
 from __future__ import annotations
 

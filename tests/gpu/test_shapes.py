@@ -50,7 +50,9 @@ def test_every_step_has_a_bucket_and_every_bucket_a_step(tokens: int, requests: 
             of = min(1 << (count - 1).bit_length(), tokens)
             used.add(Sizes(of, min(of, requests), min(of, rows), prefills))
     assert set(found) >= used and len(set(found)) == len(found)
-    assert all(b.tokens == tokens for b in set(found) - used)  # the last is cut off, and may hold none beyond the others
+    assert all(
+        b.tokens == tokens for b in set(found) - used
+    )  # the last is cut off, and may hold none beyond the others
     assert found == sorted(found, key=lambda b: (b.tokens, b.prefills))
 
 
