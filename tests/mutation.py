@@ -78,9 +78,10 @@ def replaced(mutant: Mutant) -> Iterator[None]:
 
 
 def allow(seconds: float) -> None:
-    """Ends this process when it has used so much more processor time, unless this is called again."""
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    """Ends this process when it has used so much more processor time, or sleeps, unless this is called again."""
+    for number, timer, after in ((signal.SIGPROF, signal.ITIMER_PROF, 1), (signal.SIGALRM, signal.ITIMER_REAL, 20)):
+        signal.signal(number, signal.SIG_DFL)
+        signal.setitimer(timer, after * seconds)
 
 
 def _fork(mutant: Mutant, check: Check) -> int:
@@ -114,7 +115,7 @@ def verdicts(
             mutant = waiting.pop()
             running[_fork(mutant, check)] = mutant
         child, status = os.wait()
-        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF
+        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM)
         killed = not os.WIFEXITED(status) or os.WEXITSTATUS(status) != 0
         done.append(Verdict(running.pop(child), killed, late))
         if show is not None:

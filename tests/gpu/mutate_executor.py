@@ -20,10 +20,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # no threads to be lost in forks
 sys.path[:0] = [folder for folder in ("tests",) if folder not in sys.path]  # as pytest has it: invariance, graph
 
-from ridgeline.backends.cuda.ladder import interpret  # noqa: E402, F401  (imported before the fork)
+import torch  # noqa: E402
+
 from tests.gpu.executor_equivalents import EQUIVALENT  # noqa: E402
 from tests.gpu.remembered import read, remember, write  # noqa: E402
 from tests.mutation import (  # noqa: E402
@@ -61,6 +62,7 @@ def check(mutant: Mutant) -> None:
 
 def warm() -> None:
     """Interprets in this process, once, what children will ask for."""
+    torch.set_num_threads(1)  # a forked child has no other threads to wait for
     remember()
     from tests.gpu.oracles import ORACLES
 

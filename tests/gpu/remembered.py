@@ -26,6 +26,11 @@ def remember() -> None:
     interpret.run = _run
 
 
+def clear() -> None:
+    """Forgets it all."""
+    _kept.clear()
+
+
 def read(path: Path) -> None:
     """Takes what another run of the same kernels has written; nothing if there is no such file, or kernels changed."""
     if path.exists():
