@@ -31,7 +31,7 @@ class Effort:
     """Totals over the steps of a script.
 
     Attributes:
-        launches, programs: queued on the device.
+        launches, programs: queued on the device; options: constants of them that are true, each a thing to do.
         built: launches put together by the host; the others are made once and queued again.
         copies, copied: their number and bytes, in, out and on the device.
         waits: of the host for the device; ahead: steps, of those launched, that the host waited for a device in.
@@ -40,6 +40,7 @@ class Effort:
 
     launches: int = 0
     programs: int = 0
+    options: int = 0
     built: int = 0
     copies: int = 0
     copied: int = 0
@@ -53,7 +54,9 @@ class Effort:
         return [f"{f.name}: {now}, recorded {then}" for f, now, then in pairs if now > then]
 
 
-RECORDED = Effort(launches=239, programs=1841, built=55, copies=42, copied=61472, waits=17, ahead=5, allocated=38704)
+RECORDED = Effort(
+    launches=239, programs=1841, options=259, built=55, copies=42, copied=61472, waits=17, ahead=5, allocated=38704
+)
 
 
 @contextmanager
@@ -74,6 +77,7 @@ def counted(effort: Effort) -> Iterator[None]:
     def launches(_: Any, queued: Sequence[Launch]) -> None:
         effort.launches += len(queued)
         effort.programs += sum(math.prod(launch.grid) for launch in queued)
+        effort.options += sum(value is True for launch in queued for value in launch.config.meta.values())
 
     def copied(_: Any, first: Any, second: Any, *rest: Any) -> None:
         effort.copies += 1

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # no threads to be lost in forks
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a forked child has lost all threads but one
 sys.path[:0] = [folder for folder in ("tests",) if folder not in sys.path]  # as pytest has it: invariance, graph
 
 import torch  # noqa: E402

@@ -9,7 +9,7 @@ from itertools import product
 from types import ModuleType
 from typing import Any
 
-from tests.gpu import test_engine, test_executor, test_scripts, test_shapes, test_weights
+from tests.gpu import test_engine, test_executor, test_refusals, test_scripts, test_shapes, test_step, test_weights
 from tests.gpu.runs import script, serve
 
 
@@ -50,6 +50,8 @@ ORACLES: list[Callable[[], None]] = [
     partial(script, 66, INT8),
     partial(script, 37, MIXED),
     *tests_of(test_scripts),
+    *tests_of(test_step),
+    *tests_of(test_refusals),
     *tests_of(test_shapes),
     *tests_of(test_weights),
     partial(script, 73, HALF, arch="sm_80", steps=5),

@@ -77,7 +77,7 @@ def damaged(weight: Weight, value: float) -> StoredWeight:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_damaged_weights_are_named(fmt: str, value: float) -> None:
     _, plan, weights = model(fmt, "bf16", layers=1)
-    for name in ("layers.0.attn.k", "layers.0.mlp.down"):
+    for name in ("layers.0.attn.k", "layers.0.mlp.down", "layers.0.attn.norm", "norm"):
         broken: Any = {**weights, name: damaged(weights[name], value)}
         with pytest.raises(ModelFileError, match=weights[name].tensor.name):
             load(plan, broken, lambda tensor: tensor)
