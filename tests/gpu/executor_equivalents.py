@@ -11,7 +11,14 @@ Key = tuple[str, str, str, str]
 REASONS: dict[str, list[Key]] = {
     "of a shape on the meta device, how long it is: a variant's key reads its type and its address": [
         ("beside", "every_launch_beside", "ints(1, 2)", "ints(2, 1)"),
+        (
+            "beside",
+            "every_launch_beside",
+            "update_cache(cache, ints(1, 3), ints(1, 2))",
+            "update_cache(cache, ints(1, 2), ints(1, 3))",
+        ),
         ("beside", "every_launch_beside", "2 in ints(2, vocab)", "1"),
+        ("beside", "every_launch_beside", "2 in ints(2, vocab)", "3"),
         ("beside", "every_launch_beside", "4 in ints(1, 4)", "3"),
         ("variants", "over_shapes", "1 in max(1, context // spec.block_size)", "2"),
         ("variants", "over_shapes", "1 in requests + 1", "2"),
@@ -30,6 +37,14 @@ REASONS: dict[str, list[Key]] = {
     ],
     "a few bytes more": [
         ("memory", "DeviceMemory.allocate", "4 in max(4, counters)", "5"),
+    ],
+    "every plan for the CUDA target selects its rows before the last norm": [
+        (
+            "executor",
+            "CudaExecutor._capture",
+            "normed is not None and normed.shape[0] == self.plan.inputs['sample_rows'].shape[0]",
+            "normed is not None",
+        ),
     ],
     "numpy takes any negative length for the one to be found": [
         ("executor", "CudaExecutor._send", "1 in -1", "2"),

@@ -3,7 +3,7 @@
 A step is, on the compute stream: its block of inputs copied to where the graphs read it; changed block-table cells,
 block copies and logit adjustments; the graph of its bucket (tokens fed back on the device, then every operator of the
 plan); sampling; the copy of what was sampled to the host. The next step's inputs travel on another stream meanwhile,
-into another of ``RING`` blocks, so that nothing is written while a step may read it.
+into another block, so that nothing is written while a step may read it.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from ridgeline.core.types import POOL, Batch, Float32, StepOutput, Ticket, Token
 from ridgeline.graph.ir import bound
 from ridgeline.graph.plan import Plan, final_norm
 
-RING = 3
-"""Blocks of inputs and of results: two open steps and the one being written."""
+MOST_OPEN = 2
+"""Steps under way at once, each with a block of inputs and one of results of its own until it is finished."""
 
 
 @dataclass
@@ -66,12 +66,12 @@ class Bucket:
 
 @dataclass
 class Place:
-    """One of the ring: a step's inputs on their way in, its results on their way out.
+    """An open step's: its inputs on their way in, its results on their way out.
 
     Attributes:
         inputs, staged: the block, and what varies in length after it, on the host and on the device.
         results, best: as in ``DeviceMemory``, on the host.
-        done: all of the step; None before the first.
+        done: all of the step, which is finished by waiting for it; None before the first.
     """
 
     inputs: HostBuffer
@@ -157,7 +157,7 @@ class CudaExecutor:
         self._final_norm = final_norm(plan.graph)
         most = limits.largest
         self._buckets = [self._capture(sizes) for sizes in buckets(most.tokens, most.requests, most.rows)]
-        self._ring = [self._place() for _ in range(RING)]
+        self._places = [self._place() for _ in range(MOST_OPEN)]
         self._logs: dict[int, SlotLog] = {}
         self._open: dict[int, Step] = {}
         self._count = 0
@@ -223,12 +223,15 @@ class CudaExecutor:
 
     def launch(self, batch: Batch) -> Ticket:
         """Queues a step. Raises RidgelineError when two are open or the batch is larger than the largest step."""
-        if len(self._open) == RING - 1:
-            raise RidgelineError(f"{RING - 1} steps are open: finish one first")
+        if len(self._open) == MOST_OPEN:
+            raise RidgelineError(f"{MOST_OPEN} steps are open: finish one first")
         batch, back = few_first(batch)
         bucket = self.bucket_of(sizes_of(batch))
+        if bucket.hidden is None and (batch.sampling["target"] == POOL).any():
+            raise RidgelineError("this plan has no final norm whose rows could be pooled")
         self._know_tokens(batch)
-        place = self._ring[self._count % RING]
+        taken = [step.place for step in self._open.values()]
+        place = next(place for place in self._places if not any(place is other for other in taken))
         step = Step(batch, bucket, place, self._send(batch, bucket.layout, place), back)
         self._compute.launch(self._updates(step.extras))
         self._compute.replay(bucket.graph)
@@ -254,8 +257,6 @@ class CudaExecutor:
 
     def _send(self, batch: Batch, layout: Layout, place: Place) -> dict[str, torch.Tensor]:
         """Sends a step's block, and what varies in length, to the device; returns the latter's tensors there."""
-        if place.done is not None:
-            place.done.synchronize()
         adjusted = adjustments(batch, self._logs)
         parts = _parts(batch, adjusted)
         total = layout.nbytes + sum(_round_up(part.nbytes) for part in parts.values())
@@ -288,7 +289,7 @@ class CudaExecutor:
         """Samples every row that waits for no mask, and sends the results home."""
         logits, sampling = step.bucket.logits, step.batch.sampling
         if sampling["masked"].any():
-            name = f"logits{self._ring.index(step.place)}"
+            name = f"logits{self._places.index(step.place)}"
             whole = whole_rows(logits)
             kept = self.memory.grown(name, whole.nbytes, self._compute)[: whole.nbytes].view(whole.dtype)
             self._compute.copy(kept.view(whole.shape), whole)
@@ -301,8 +302,7 @@ class CudaExecutor:
             self._compute.launch(best)
             self._compute.copy_out(step.place.best, self.memory.best)
         if (sampling["target"] == POOL).any():
-            if step.bucket.hidden is None:
-                raise RidgelineError("this plan has no final norm whose rows could be pooled")
+            assert step.bucket.hidden is not None
             rows = whole_rows(step.bucket.hidden)
             step.hidden = self.device.host(rows.nbytes)
             self._compute.copy_out(step.hidden, rows)
