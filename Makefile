@@ -1,6 +1,7 @@
 # make run    build, install the embedded model, stream a completion
 # make test   install what the tests need and run them
-# make soak   the simulation of the control plane on ever new seeds, until stopped
+# make soak   the simulation of the control plane on ever new seeds, until stopped;
+#             make soak WHAT=gpu: small models on the emulated GPU, beside numpy
 # make mutate break the control plane in every way and see whether the simulation notices
 # make cards  compile the GPU kernels and replace their table; needs no GPU
 # make lint   ruff, mypy and a C++ build with warnings as errors
@@ -16,6 +17,7 @@ PROMPT ?= The most surprising thing about the ocean is
 N ?= 64
 PYTEST_ARGS ?=
 SOAK_ARGS ?=
+WHAT ?= sim
 MUTATE_ARGS ?=
 
 VENV := .venv
@@ -78,7 +80,7 @@ else
 endif
 
 soak: $(STAMPS)/native $(STAMPS)/dev
-	@$(BIN)/python -m tests.sim.soak $(SOAK_ARGS)
+	@$(BIN)/python -m tests.$(WHAT).soak $(SOAK_ARGS)
 
 mutate: $(STAMPS)/native $(STAMPS)/dev
 	@$(BIN)/python -m tests.sim.mutate $(MUTATE_ARGS)

@@ -15,15 +15,10 @@ import argparse
 import ast
 import copy
 import importlib
-import importlib.util
 import os
-import resource
-import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +31,11 @@ from ridgeline.backends.cuda.ladder import table  # noqa: E402
 from ridgeline.backends.cuda.ladder.check import cases_of  # noqa: E402
 from ridgeline.backends.cuda.launch import ARCHS  # noqa: E402
 from tests.gpu.equivalents import EQUIVALENT  # noqa: E402
+from tests.mutation import allow, forget, survivors, untouched  # noqa: E402
 from tests.sim.operators import Mutant, mutants  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-CASE_SECONDS, MEMORY = 60.0, 6 << 30
+CASE_SECONDS = 60.0  # of processor time
 
 
 def kernels_of(source: str) -> frozenset[str]:
@@ -97,67 +93,24 @@ def build_names(op: str) -> list[tuple[str, int, str]]:
     return [(m, i, arch) for arch in (ARCHS[::-1] if both else ARCHS[1:]) for m, i in found]
 
 
-def survive(mutant: Mutant, op: str, cases: Sequence[tuple[str, int, str]]) -> int:
-    """In a child of its own: 0 when no case notices, 1 when one does."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for name in list(sys.modules):  # whatever has been imported already would hide the mutant
-        if name.startswith((table.KERNELS, "tests.gpu.")):
-            del sys.modules[name]
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:  # the interpreter reads the source again
-        file.write(mutant.source)
-        file.flush()
-        try:
-            importlib.import_module(table.KERNELS)
-            spec = importlib.util.spec_from_loader(mutant.module, SourceFileLoader(mutant.module, file.name))
-            assert spec and spec.loader
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[mutant.module] = module
-            spec.loader.exec_module(module)
-            from ridgeline.backends.cuda.ladder.accuracy import check
-            from ridgeline.backends.cuda.ladder.interpret import run
+def check(mutant: Mutant, op: str, cases: Sequence[tuple[str, int, str]]) -> None:
+    """Climbs every case of the operator; raises where one notices."""
+    allow(CASE_SECONDS)
+    forget((table.KERNELS, "tests.gpu."))
+    importlib.import_module(mutant.module)
+    from ridgeline.backends.cuda.ladder import accuracy
+    from ridgeline.backends.cuda.ladder.interpret import run
 
-            for name, index, arch in cases:
-                signal.setitimer(signal.ITIMER_REAL, CASE_SECONDS)
-                loaded = importlib.import_module(name)
-                climb = loaded.build(loaded.CASES[index], arch)
-                run(climb.launches)
-                for expected in climb.expected:
-                    check(expected)
-            for holds in invariants(op):
-                signal.setitimer(signal.ITIMER_REAL, CASE_SECONDS)
-                holds()
-        except BaseException:
-            return 1
-    return 0
-
-
-def fork(mutant: Mutant, op: str, cases: Sequence[tuple[str, int, str]]) -> int:
-    """Starts a child for a mutant; returns its process id."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        os._exit(survive(mutant, op, cases))
-    return child
-
-
-def survivors(chosen: Sequence[Mutant], op: str, cases: Sequence[tuple[str, int, str]], jobs: int) -> list[Mutant]:
-    """Those of the mutants that no case notices."""
-    alive: list[Mutant] = []
-    running: dict[int, Mutant] = {}
-    waiting = list(reversed(chosen))
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            mutant = waiting.pop()
-            running[fork(mutant, op, cases)] = mutant
-        child, status = os.wait()
-        mutant = running.pop(child)
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
-            alive.append(mutant)
-    return sorted(alive, key=lambda m: m.line)
+    for name, index, arch in cases:
+        allow(CASE_SECONDS)
+        loaded = importlib.import_module(name)
+        climb = loaded.build(loaded.CASES[index], arch)
+        run(climb.launches)
+        for expected in climb.expected:
+            accuracy.check(expected)
+    for holds in invariants(op):
+        allow(CASE_SECONDS)
+        holds()
 
 
 def main() -> None:
@@ -173,10 +126,10 @@ def main() -> None:
         chosen, cases = mutants_of(op), build_names(op)
         if options.sample and options.sample < len(chosen):
             chosen = [chosen[int(i)] for i in np.linspace(0, len(chosen) - 1, options.sample)]
-        source = Path(str(importlib.import_module(module).__file__)).read_text()
-        if not survivors([Mutant(module, 0, "", "", "", source)], op, cases, 1):
+        notice = partial(check, op=op, cases=cases)
+        if not survivors([untouched(module)], notice, 1):
             sys.exit(f"{op}: its cases fail without a change")
-        alive = survivors(chosen, op, cases, options.jobs)
+        alive = survivors(chosen, notice, options.jobs)
         same = [m for m in alive if (op, m.scope, m.before, m.after) in EQUIVALENT]
         total, killed, known = total + len(chosen), killed + len(chosen) - len(alive), known + len(same)
         print(

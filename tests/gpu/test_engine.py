@@ -14,10 +14,12 @@ import pytest
 from ridgeline import LLM, SamplingParams
 from ridgeline.core.errors import ConfigError
 from ridgeline.engine.engine import Engine, EngineLimits
+from tests.gpu.effort import STEPS
 from tests.gpu.small_model import SIZES, executor
 from tests.invariance.workloads import Ask, alone, fingerprint, one_hash
 
-MOST_STEPS = 40
+MOST_STEPS = 40 - 2 * STEPS  # what test_scripts.py leaves
+WINDOWS = (0, 12)
 
 
 class Counted:
@@ -38,14 +40,14 @@ class Counted:
 
 
 def engine(seed: int, **changes: Any) -> Engine:
-    """The small model of one layer; ``changes`` of the limits."""
-    values = {"max_requests": 1, "max_tokens": 32, "max_len": 60, "num_blocks": SIZES["num_blocks"], **changes}
-    limits = EngineLimits(vocab_size=160, block_size=16, max_sampled_rows=8, **values)
-    return Engine(Counted(executor(seed=seed, layers=1)), limits)
+    """The small model, its second layer behind a window; ``changes`` of the limits."""
+    values = {"max_requests": 1, "max_tokens": 32, "max_len": 60, "num_blocks": 2 * SIZES["num_blocks"], **changes}
+    limits = EngineLimits(vocab_size=160, block_size=16, max_sampled_rows=8, windows=WINDOWS, **values)
+    return Engine(Counted(executor(seed=seed, windows=WINDOWS)), limits, seed=1)
 
 
 def test_served_together_or_alone() -> None:
-    """Prefix hits, drafts, two open steps, chunks of 11 tokens, blocks for half of it all: one hash."""
+    """Prefix hits, drafts, two open steps, chunks of 11 tokens, blocks for half of it all, a window: one hash."""
     rng = random.Random(3)
     stem = [rng.randrange(160) for _ in range(17)]
     repeats = [5, 6, 7] * 4
@@ -55,7 +57,8 @@ def test_served_together_or_alone() -> None:
         Ask(tuple(repeats), SamplingParams(temperature=0, max_tokens=5)),
     ]
     expected = alone(engine(1), asks)
-    busy = engine(2, max_requests=3, max_tokens=11, num_blocks=[7], speculation="ngram", max_open_steps=2, ngram_min=1)
+    changes: Any = {"speculation": "ngram", "max_open_steps": 2, "ngram_min": 1}
+    busy = engine(2, max_requests=3, max_tokens=11, num_blocks=[7, 6], **changes)
     groups = [busy.make_requests(ask.prompt, ask.params) for ask in asks]
     for group in groups:
         busy.submit(group)

@@ -188,3 +188,41 @@ def test_hidden_states_scores_and_copied_blocks() -> None:
     assert scored.token_ids.tolist() == [42]
     assert relative(logits, logits_right) < 0.05
     assert abs(scored.logprobs[0] - scored_right.logprobs[0]) < 0.05
+
+
+def test_steps_are_finished_in_any_order() -> None:
+    """One may stay open while others come and go: what it gave is still its own."""
+    prompts = [[4, 8], [15], [16, 23, 42], [3, 1]]
+    apart = drive(executor(seed=12, layers=1), [[(slot, prompt)] for slot, prompt in enumerate(prompts)])
+    made = executor(seed=13, layers=1)
+    driver = Driver(made, 40, 16)
+    oldest = made.launch(driver.batch([(0, prompts[0])]))
+    for slot in (1, 2, 3):
+        ticket = made.launch(driver.batch([(slot, prompts[slot])]))
+        assert made.finish(ticket).token_ids == apart[slot][0].token_ids
+    assert made.finish(oldest).token_ids == apart[0][0].token_ids
+
+
+def test_pooled_rows_of_requests_that_change_places() -> None:
+    prompt = list(range(30, 42))
+    made = executor(seed=14, layers=1)
+    driver = Driver(made, 40, 16)
+    sampling = rows(2, target=POOL)
+    both = made.finish(made.launch(driver.batch([(0, prompt), (1, [7, 8])], sampling)))
+    apart = [driver.step([work], rows(1, target=POOL))[0] for work in ((2, prompt), (3, [7, 8]))]
+    assert np.array_equal(both.hidden, np.concatenate([one.hidden for one in apart]))
+
+
+def test_more_adjustments_than_a_block_was_made_for() -> None:
+    """Its place grows while another step is under way, and all later ones fit in it."""
+    made = executor(seed=15, layers=1)
+    driver = Driver(made, 40, 16)
+    whole = {"bias_ids": np.arange(160, dtype=np.int32), "bias": np.full(160, -100, np.float32)}
+    whole["bias"][159] = 100.0
+    first = made.launch(driver.batch([(3, [5])]))
+    batch = driver.batch([(slot, [slot]) for slot in range(3)])
+    batch.slot_starts = tuple(SlotStart(slot, **whole) for slot in range(3))
+    second = made.launch(batch)
+    made.finish(first)
+    again = made.launch(driver.batch([(slot, [9]) for slot in range(3)]))
+    assert made.finish(second).token_ids.tolist() == made.finish(again).token_ids.tolist() == [159] * 3

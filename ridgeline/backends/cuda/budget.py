@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ridgeline.backends.cuda.choices import weights_bytes, workspace_bytes
-from ridgeline.backends.cuda.executor import RING
+from ridgeline.backends.cuda.executor import MOST_OPEN
 from ridgeline.backends.cuda.kernels.top_logprobs import MOST
 from ridgeline.backends.cuda.memory import Limits
 from ridgeline.backends.cuda.step import Layout
@@ -53,9 +53,9 @@ def budget_of(plan: Plan, arch: str, limits: Limits, context: int) -> Budget:
         weights=weights_bytes(plan),
         arena=plan.arena_bytes,
         workspace=workspace_bytes(plan, arch, context, limits.num_slots),
-        steps=(1 + RING) * (Layout(limits.largest).nbytes + (1 << 12)) + results + tables + 4 * context * head_dim,
+        steps=(1 + MOST_OPEN) * (Layout(limits.largest).nbytes + (1 << 12)) + results + tables + 4 * context * head_dim,
         # Counts and bias, masks, and logits kept for masks of every open step; memory that grows is doubled.
-        asked=2 * 4 * rows * vocab * (2 + RING) + 2 * rows * vocab // 8,
+        asked=2 * 4 * rows * vocab * (2 + MOST_OPEN) + 2 * rows * vocab // 8,
     )
 
 

@@ -3,7 +3,7 @@
 A step is, on the compute stream: its block of inputs copied to where the graphs read it; changed block-table cells,
 block copies and logit adjustments; the graph of its bucket (tokens fed back on the device, then every operator of the
 plan); sampling; the copy of what was sampled to the host. The next step's inputs travel on another stream meanwhile,
-into another of ``RING`` blocks, so that nothing is written while a step may read it.
+into another block, so that nothing is written while a step may read it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from ridgeline.core.types import POOL, Batch, Float32, StepOutput, Ticket, Token
 from ridgeline.graph.ir import bound
 from ridgeline.graph.plan import Plan, final_norm
 
-RING = 3
-"""Blocks of inputs and of results: two open steps and the one being written."""
+MOST_OPEN = 2
+"""Steps under way at once, each with a block of inputs and one of results of its own until it is finished."""
 
 
 LEAST_TIMED = 16
@@ -73,13 +73,13 @@ class Bucket:
 
 @dataclass
 class Place:
-    """One of the ring: a step's inputs on their way in, its results on their way out.
+    """An open step's: its inputs on their way in, its results on their way out.
 
     Attributes:
         inputs, staged: the block, and what varies in length after it, on the host and on the device.
         held: what the host's block holds.
         results, best: as in ``DeviceMemory``, on the host.
-        done: all of the step; None before the first.
+        done: all of the step, which is finished by waiting for it; None before the first.
     """
 
     inputs: HostBuffer
@@ -170,7 +170,7 @@ class CudaExecutor:
         self._final_norm = final_norm(plan.graph)
         most = limits.largest
         self._buckets = [self._capture(sizes) for sizes in buckets(most.tokens, most.requests, most.rows)]
-        self._ring = [self._place() for _ in range(RING)]
+        self._places = [self._place() for _ in range(MOST_OPEN)]
         self._logs: dict[int, SlotLog] = {}
         self._open: dict[int, Step] = {}
         self._count = 0
@@ -243,15 +243,18 @@ class CudaExecutor:
 
     def launch(self, batch: Batch) -> Ticket:
         """Queues a step. Raises RidgelineError when two are open or the batch is larger than the largest step."""
-        if len(self._open) == RING - 1:
-            raise RidgelineError(f"{RING - 1} steps are open: finish one first")
+        if len(self._open) == MOST_OPEN:
+            raise RidgelineError(f"{MOST_OPEN} steps are open: finish one first")
         widths = batch.query_starts[1:] - batch.query_starts[:-1]
         bucket = self.bucket_of(sizes_of(batch, widths))
         batch, back = few_first(batch, widths) if bucket.layout.sizes.prefills else (batch, None)
-        self._asked = asked(batch.sampling, self._asked)
+        ask = self._asked = asked(batch.sampling, self._asked)
+        if ask.pooled and bucket.hidden is None:
+            raise RidgelineError("this plan has no final norm whose rows could be pooled")
         self._know_tokens(batch)
-        place = self._ring[self._count % RING]
-        step = Step(batch, self._asked, bucket, place, self._send(batch, self._asked, bucket.layout, place), back)
+        taken = [step.place for step in self._open.values()]
+        place = next(place for place in self._places if not any(place is other for other in taken))
+        step = Step(batch, ask, bucket, place, self._send(batch, ask, bucket.layout, place), back)
         if step.extras:
             self._compute.launch(self._updates(step.extras))
         self._run_operators(bucket)
@@ -309,8 +312,6 @@ class CudaExecutor:
 
     def _send(self, batch: Batch, ask: Asked, layout: Layout, place: Place) -> dict[str, torch.Tensor]:
         """Sends a step's block, and what varies in length, to the device; returns the latter's tensors there."""
-        if place.done is not None:
-            place.done.synchronize()
         adjusted = adjustments(batch, self._logs)
         parts = varying(batch, adjusted)
         total = layout.nbytes + sum(_round_up(part.nbytes) for part in parts.values())
@@ -346,7 +347,7 @@ class CudaExecutor:
         """Samples every row that waits for no mask, and sends the results home."""
         logits = step.bucket.logits
         if step.asked.masked:
-            name = f"logits{self._ring.index(step.place)}"
+            name = f"logits{self._places.index(step.place)}"
             whole = whole_rows(logits)
             kept = self.memory.grown(name, whole.nbytes, self._compute)[: whole.nbytes].view(whole.dtype)
             self._compute.copy(kept.view(whole.shape), whole)
@@ -359,8 +360,7 @@ class CudaExecutor:
             self._compute.launch(best)
             self._compute.copy_out(step.place.best, self.memory.best)
         if step.asked.pooled:
-            if step.bucket.hidden is None:
-                raise RidgelineError("this plan has no final norm whose rows could be pooled")
+            assert step.bucket.hidden is not None
             rows = whole_rows(step.bucket.hidden)
             step.hidden = self.device.host(rows.nbytes)
             self._compute.copy_out(step.hidden, rows)

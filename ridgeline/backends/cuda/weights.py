@@ -164,9 +164,9 @@ def load(plan: Plan, weights: Mapping[str, StoredWeight], place: Place) -> dict[
     for value in plan.weights.values():
         parts = [weights[name] for name in value.info.parts]
         if len(value.shape) == 1:
-            found[value.name] = Vector(place(torch.tensor(np.concatenate([p.values() for p in parts]))))
+            found[value.name] = Vector(place(_finite(parts)))
         elif value.info.format.kind == "float":
-            found[value.name] = FloatMatrix(place(_floats(value, parts).to(hidden)))
+            found[value.name] = FloatMatrix(place(_finite(parts, value.info.interleave).to(hidden)))
         else:
             found[value.name] = _codes(value, parts, place)
     return found
@@ -201,12 +201,13 @@ def _codes(value: Value, parts: Sequence[StoredWeight], place: Place) -> Quantiz
     return QuantizedMatrix(place(codes), place(scales), offsets, k, form.group, form.bits, offset)
 
 
-def _floats(value: Value, parts: Sequence[StoredWeight]) -> torch.Tensor:
+def _finite(parts: Sequence[StoredWeight], interleave: int = 0) -> torch.Tensor:
+    """Floats of several parts, merged."""
     arrays = [part.values() for part in parts]
     for part, array in zip(parts, arrays, strict=True):
         if not np.isfinite(array).all():
             raise ModelFileError(f"{part.tensor.name}: the weights hold NaN or infinity; the file is damaged")
-    return torch.from_numpy(merged(arrays, value.info.interleave))
+    return torch.from_numpy(merged(arrays, interleave))
 
 
 def merged(parts: Sequence[npt.NDArray[Any]], interleave: int) -> npt.NDArray[Any]:
