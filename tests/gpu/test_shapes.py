@@ -194,9 +194,9 @@ def test_the_device_holds_what_the_ledger_says(kind: dict[str, Any]) -> None:
     listed = weights + cache_bytes(made.plan) + made.plan.arena_bytes + made.workspace_bytes + 4 * context * head_dim
     inputs = Layout(Sizes(32, 4, 8, True)).nbytes
     between = inputs + 4 * (32 + 32 + 4 + 3 * 8 + 2 * 8 * 64)  # tokens, their numbers, last tokens, results, best
-    ring = 3 * (inputs + 4096)
+    places = 2 * (inputs + 4096)
     held = sum(device.live.values())
-    assert 0 <= held - listed - between - ring <= 16 * len(made.memory.weights) + 64
+    assert 0 <= held - listed - between - places <= 16 * len(made.memory.weights) + 64
     assert device.total_memory() == (1 << 30) - held
 
 
