@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,7 @@ import torch
 from ridgeline.backends.cuda.beside import sample_and_settle
 from ridgeline.backends.cuda.kernels.sample import PROMPT_BIT
 from ridgeline.backends.cuda.lowering import FEW_TOKENS, Sizes
-from ridgeline.backends.cuda.step import (
-    Layout,
-    adjustments,
-    encode,
-    few_first,
-    held_rows,
-    needs_filters,
-    sizes_of,
-)
+from ridgeline.backends.cuda.step import Held, Layout, adjustments, asked, encode, few_first, held_rows, sizes_of
 from ridgeline.backends.cuda.variants import key
 from ridgeline.backends.reference.slots import SlotLog, banned
 from ridgeline.core.types import POOL, SAMPLING_DTYPE, Batch, SlotStart
@@ -71,7 +63,7 @@ def requests(batch: Batch) -> dict[int, Any]:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_requests_of_few_tokens_come_first_and_nothing_else_changes(seed: int) -> None:
     batch = random_batch(seed)
-    moved, back = few_first(batch)
+    moved, back = few_first(batch, np.diff(batch.query_starts))
     wide = np.diff(moved.query_starts) > FEW_TOKENS
     assert not (wide[:-1] & ~wide[1:]).any()
     assert requests(moved) == requests(batch)
@@ -92,11 +84,11 @@ def test_a_batch_fills_its_fields_and_padding_asks_for_nothing(seed: int) -> Non
     batch = random_batch(seed)
     t, b, s = len(batch.token_ids), len(batch.slots), len(batch.sample_rows)
     most = int(np.diff(batch.query_starts).max())
-    assert sizes_of(batch) == Sizes(t, b, s, most > FEW_TOKENS)
+    assert sizes_of(batch, np.diff(batch.query_starts)) == Sizes(t, b, s, most > FEW_TOKENS)
     layout = Layout(Sizes(t + 3, b + 2, s + 2, True))
     f = layout.arrays(np.full(layout.nbytes, 0xA5, np.uint8))
     adjusted = np.arange(s, dtype=np.int32)
-    encode(batch, f, adjusted)
+    encode(batch, layout, f, adjusted, asked(batch.sampling, None), Held())
     rows, held = batch.sampling, held_rows(batch)
     owners = np.repeat(np.arange(b), np.diff(batch.query_starts))
     for row in range(s):
@@ -119,7 +111,6 @@ def test_a_batch_fills_its_fields_and_padding_asks_for_nothing(seed: int) -> Non
         assert np.array_equal(f["floors"][:s], np.log(rows["min_p"]))
     words = f["seeds"][:s].view(np.uint32).astype(np.uint64)
     assert np.array_equal(words[:, 0] | words[:, 1] << np.uint64(32), rows["seed"])
-    assert needs_filters(batch) == any(r["top_k"] > 0 or r["top_p"] < 1 for r in rows)
     counts = {"T": t, "B": b, "S": s}
     padding = {name: values[counts[_of(name)] + name.endswith("starts") :] for name, values in f.items()}
     assert (padding["token_slots"] == -1).all() and (padding["context_lens"] == 0).all()
@@ -128,6 +119,48 @@ def test_a_batch_fills_its_fields_and_padding_asks_for_nothing(seed: int) -> Non
     for name in ("fed", "positions", "slots", "sample_rows", "next_positions", "top_ks", "adjusted", "wanted"):
         assert (padding[name] == 0).all(), name
     assert (padding["temperatures"] == 0).all() and (padding["top_ps"] == 1).all()
+
+
+def changed(batch: Batch, rng: np.random.Generator) -> Batch:
+    """The next step of the same requests, or of others, or with rows that ask for something else."""
+    if rng.random() < 0.3:
+        return random_batch(int(rng.integers(1000)))
+    sampling = batch.sampling.copy()
+    if len(sampling) and rng.random() < 0.3:
+        field, value = [("temperature", 0.25), ("masked", 1), ("target", POOL)][rng.integers(3)]
+        sampling[field][rng.integers(len(sampling))] = value
+    step = int(rng.integers(2))
+    return replace(batch, positions=batch.positions + step, context_lens=batch.context_lens + step, sampling=sampling)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_block_that_held_other_steps_holds_the_next_as_a_new_one_would(seed: int) -> None:
+    """Whatever is not written again is still right: steps one after another in two layouts of one block."""
+    rng = np.random.default_rng(seed)
+    layouts = [Layout(Sizes(80, 9, 80, True)), Layout(Sizes(76, 8, 77, False))]
+    block, held, batch, ask = np.full(layouts[0].nbytes, 0xA5, np.uint8), Held(), random_batch(seed), None
+    for _ in range(12):
+        batch, layout = changed(batch, rng), layouts[int(rng.random() < 0.2)]
+        rows = len(batch.sample_rows)
+        adjusted = rng.integers(0, 5, rows).astype(np.int32) if rng.random() < 0.3 else None
+        ask = asked(batch.sampling, ask)
+        assert ask == asked(batch.sampling, None)
+        encode(batch, layout, layout.arrays(block), adjusted, ask, held)
+        fresh = np.zeros(layout.nbytes, np.uint8)
+        encode(batch, layout, layout.arrays(fresh), adjusted, ask, Held())
+        for name, values in layout.arrays(block).items():
+            assert np.array_equal(values, layout.arrays(fresh)[name]), name
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_rows_ask_for_is_told(seed: int) -> None:
+    rows = random_batch(seed).sampling
+    ask = asked(rows, None)
+    assert asked(rows.copy(), ask) is ask
+    assert ask.filtered == any(r["top_k"] > 0 or r["top_p"] < 1 for r in rows)
+    assert ask.masked == any(r["masked"] for r in rows) and ask.pooled == any(r["target"] == POOL for r in rows)
+    assert ask.scored == any(r["num_logprobs"] >= 0 for r in rows)
+    assert ask.listed == any(r["num_logprobs"] > 0 for r in rows)
 
 
 def _of(name: str) -> str:

@@ -88,7 +88,7 @@ def test_formats_without_a_kernel_are_refused() -> None:
     assert packed._offset(good, "w") == "middle" and packed._offset(FORMATS["q8_0"], "w") == "middle"
     assert packed._offset(FORMATS["q4_1"], "w") == "minimum"
     assert packed._offset(replace(good, bits=8, has_minimum=True), "w") == "minimum"
-    bad: list[WeightFormat] = [replace(good, bits=5), replace(good, group=48), replace(good, zero=0)]
+    bad: list[WeightFormat] = [replace(good, bits=7), replace(good, group=48), replace(good, zero=0)]
     for form in [*bad, replace(bad[0], has_minimum=True), replace(bad[1], has_minimum=True)]:
         with pytest.raises(UnsupportedError, match="weight w: no GPU kernel"):
             packed._offset(form, "w")
