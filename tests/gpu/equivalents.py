@@ -93,6 +93,7 @@ REASONS: dict[str, list[Key]] = {
             "linear",
             "linear_kernel",
             "accumulate(x, w, row, column, first, min(first + length, steps), M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K)",
+            "accumulate(x, w, row, column, first, min(first + length, steps), M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SPECIALIZE, SWAP, TMA, EVEN_K)",
         ),
     ],
     "a tile of two parts is loaded for either of them": [("linear_quantized", "_sum", "2 in part % 2", "1")],

@@ -187,7 +187,8 @@ def _linear(
     case: LinearCase, arch: str, rng: np.random.Generator, only: int | None, kind_of_numbers: str = "normal"
 ) -> Climb:
     x = tensor(_pick(numbers(rng, (case.rows, case.k), kind_of_numbers), only), case.kind)
-    w = tensor(rng.standard_normal((case.n, case.k)).astype(np.float32), case.kind)
+    # Rows of w lie further apart than those of x, as in a merged matrix: a stride cannot stand for the other.
+    w = tensor(rng.standard_normal((case.n, case.k + 16)).astype(np.float32), case.kind)[:, : case.k]
     after = _After(case, rng, only)
     scratch = _scratch(linear_scratch(len(x), case.n, case.k))
     launches = linear(x, w, after.out, arch, after=after.epilogue, **scratch)
@@ -199,9 +200,9 @@ def _codes(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
     return rng.integers(-127, 128, shape).astype(np.int8)
 
 
-def _padded(x: np.ndarray, like: torch.dtype) -> torch.Tensor:
-    """Rows of bytes as a tensor of ``like`` whose rows have 16 more, all bits set."""
-    wide = torch.full((x.shape[0], x.shape[1] + 16), 255, dtype=torch.uint8)
+def _padded(x: np.ndarray, like: torch.dtype, more: int = 16) -> torch.Tensor:
+    """Rows of bytes as a tensor of ``like`` whose rows have 16 or ``more``, all bits set."""
+    wide = torch.full((x.shape[0], x.shape[1] + more), 255, dtype=torch.uint8)
     wide[:, : x.shape[1]] = torch.from_numpy(x.view(np.uint8))
     return wide.view(like)[:, : x.shape[1]]
 
@@ -209,7 +210,7 @@ def _padded(x: np.ndarray, like: torch.dtype) -> torch.Tensor:
 def _int8(case: LinearCase, arch: str, rng: np.random.Generator, only: int | None) -> Climb:
     codes, w_codes = _pick(_codes(rng, (case.rows, case.k)), only), _codes(rng, (case.n, case.k))
     scales, w_scales = _pick(scales_of(rng, (case.rows,)), only), scales_of(rng, (case.n,))
-    x, w = _padded(codes, torch.int8), _padded(w_codes, torch.int8)
+    x, w = _padded(codes, torch.int8), _padded(w_codes, torch.int8, 32)
     x_scale, w_scale = torch.from_numpy(scales.copy()), torch.from_numpy(w_scales)
     after = _After(case, rng, only)
     scratch = _scratch(linear_int8_scratch(len(x), case.n, case.k))
@@ -230,7 +231,7 @@ def _fp8(case: LinearCase, arch: str, rng: np.random.Generator, only: int | None
     scaling = case.kind
     shapes = scale_shapes(case.rows, case.n, case.k, scaling)
     x = _padded(_pick(_e4m3(rng, (case.rows, case.k)), only), torch.float8_e4m3fn)
-    w = _padded(_e4m3(rng, (case.n, case.k)), torch.float8_e4m3fn)
+    w = _padded(_e4m3(rng, (case.n, case.k)), torch.float8_e4m3fn, 32)
     scales, w_scales = (scales_of(rng, shape) for shape in shapes)
     scales = scales if scaling == "tensor" else _pick(scales, only)
     after = _After(case, rng, only)

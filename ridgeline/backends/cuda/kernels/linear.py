@@ -95,10 +95,10 @@ def linear_kernel(
     jobs = tiles * SPLIT if PARALLEL else tiles
     for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
         tile = job // SPLIT if PARALLEL else job
-        part = job % SPLIT if PARALLEL else 0
         row, column = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
         done = True
         if PARALLEL:
+            part = job % SPLIT
             first = part * length
             y = accumulate(
                 x, w, row, column, first, min(first + length, steps), M, N, K, stride_x, stride_w,
