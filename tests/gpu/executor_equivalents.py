@@ -17,6 +17,8 @@ REASONS: dict[str, list[Key]] = {
             "update_cache(cache, ints(1, 3), ints(1, 2))",
             "update_cache(cache, ints(1, 2), ints(1, 3))",
         ),
+        ("beside", "every_launch_beside", "ints(1, 3)", "ints(3, 1)"),
+        ("beside", "every_launch_beside", "2 in ints(2, 3)", "1"),
         ("beside", "every_launch_beside", "2 in ints(2, vocab)", "1"),
         ("beside", "every_launch_beside", "2 in ints(2, vocab)", "3"),
         ("beside", "every_launch_beside", "4 in ints(1, 4)", "3"),
@@ -33,10 +35,30 @@ REASONS: dict[str, list[Key]] = {
     "padding that nobody reads, or that says the same": [
         ("step", "encode", "1 in _padded(f['settles_masked'], np.where(held, rows['target'], 1), 1)", "2"),
         ("step", "encode", "0 in f['seeds'][s:] = 0", "1"),
+        ("step", "encode", "1 in _padded(f['settles'], np.where(held, 1, rows['target']), 1)", "2"),
         ("lowering", "Lowering._lower_attention", "1 in requests + 1", "2"),
+        (
+            "lowering",
+            "Lowering._lower_attention",
+            ":requests + 1 in step.query_starts[:requests + 1]",
+            ":requests + 1 + 1",
+        ),
+        (
+            "lowering",
+            "Lowering._lower_embed",
+            ":self.sizes.tokens in self.step.token_ids[:self.sizes.tokens]",
+            ":self.sizes.tokens + 1",
+        ),
     ],
     "a few bytes more": [
         ("memory", "DeviceMemory.allocate", "4 in max(4, counters)", "5"),
+        ("memory", "Upload.place", "16 in max(16, -(-source.nbytes // 16) * 16)", "17"),
+    ],
+    "only the numbers of tokens, requests and rows are read of it": [
+        ("variants", "reachable", "True in Sizes(tokens, min(max_requests, tokens), rows, True)", "False"),
+    ],
+    "beyond what a row wants the kernel leaves -1 and NaN, which is what is put there": [
+        ("executor", "CudaExecutor._best", "0 in np.maximum(wanted, 0)", "1"),
     ],
     "every plan for the CUDA target selects its rows before the last norm": [
         (
@@ -48,9 +70,11 @@ REASONS: dict[str, list[Key]] = {
     ],
     "numpy takes any negative length for the one to be found": [
         ("executor", "CudaExecutor._send", "1 in -1", "2"),
+        ("step", "Layout.arrays", "1 in -1", "2"),
     ],
     "what is left out is implied by the rest": [
         ("executor", "CudaExecutor._capture", "normed is not None and selected", "selected"),
+        ("executor", "CudaExecutor.finish", "masks is not None and given", "given"),
     ],
     "the same bytes in the same order: the last two dimensions are merged again": [
         ("weights", "merged", "p.reshape(-1, 1, interleave, p.shape[-1])", "p.reshape(-1, 1, p.shape[-1], interleave)"),

@@ -39,7 +39,12 @@ def tests_of(module: ModuleType, *without: str) -> list[Callable[[], None]]:
 BF16: dict[str, Any] = {"fmt": "bf16", "kv_dtype": "bf16", "layers": 1}
 INT8: dict[str, Any] = {"fmt": "q4_1", "kv_dtype": "int8", "windows": (12, 0)}
 MIXED: dict[str, Any] = {
-    **{"fmt": "f16", "kv_dtype": "bf16", "layers": 1, "changes": (("tied", False), ("num_kv_heads", 1))},
+    **{
+        "fmt": "f16",
+        "kv_dtype": "bf16",
+        "layers": 1,
+        "changes": (("tied", False), ("num_kv_heads", 1), ("vocab_size", 150)),
+    },
     "others": (("up", "q4_0"), ("v", "q8_0"), ("embed", "q8_0")),
 }
 HALF: dict[str, Any] = {"fmt": "f16", "kv_dtype": "f16", "hidden": "f16", "layers": 1}

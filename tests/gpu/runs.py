@@ -22,17 +22,19 @@ def made_of(kind: dict[str, Any], seed: int, arch: str = "sm_90", invariant: boo
 def script(seed: int, kind: dict[str, Any], steps: int = 8, arch: str = "sm_90", invariant: bool = True) -> None:
     """A script one step at a time beside numpy, then two at a time: the same bits."""
     windows = tuple(dict.fromkeys(kind.get("windows") or (0,)))
+    vocab = dict(kind.get("changes", ())).get("vocab_size", 160)
     quiet = Shadowed(made_of(kind, seed, arch, invariant), *model(**kind))
-    first = play(Script(seed, windows), quiet, steps, 1)
+    first = play(Script(seed, windows, vocab), quiet, steps, 1)
     if invariant:
-        same(play(Script(seed, windows), made_of(kind, seed + 1, arch), steps, 2), first)
+        same(play(Script(seed, windows, vocab), made_of(kind, seed + 1, arch), steps, 2), first)
 
 
 def serve(seed: int, kind: dict[str, Any], requests: int = 3, **changes: Any) -> int:
     """A workload's requests alone beside numpy, then all at once: the same bits. Returns the steps."""
     windows = tuple(dict.fromkeys(kind.get("windows") or (0,)))
-    asks = workload(seed, requests, 160, 40, (2, 5))
-    sizes = {"vocab_size": 160, "block_size": 16, "max_sampled_rows": 8, "max_len": 60, "windows": windows}
+    vocab = dict(kind.get("changes", ())).get("vocab_size", 160)
+    asks = workload(seed, requests, vocab, 40, (2, 5))
+    sizes = {"vocab_size": vocab, "block_size": 16, "max_sampled_rows": 8, "max_len": 60, "windows": windows}
     quiet = EngineLimits(max_requests=1, max_tokens=32, num_blocks=[40] * len(windows), **sizes)  # type: ignore[arg-type]
     beside = Shadowed(made_of(kind, seed), *model(**kind))
     expected = alone(Engine(beside, quiet, seed=seed), asks)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ridgeline.core.types import POOL, SAMPLING_DTYPE, Batch, SlotStart, StepOutput, TokenMasks
 
-VOCAB, BLOCK, MOST_TOKENS, MOST_ROWS, LONGEST = 160, 16, 32, 8, 120
+BLOCK, MOST_TOKENS, MOST_ROWS, LONGEST = 16, 32, 8, 120
 
 
 @dataclass
@@ -49,9 +49,9 @@ class Piece:
 class Script:
     """Draws batches for four slots of an executor with a cache group for each window, 0 for none."""
 
-    def __init__(self, seed: int, windows: tuple[int, ...] = (0,), num_blocks: int = 40) -> None:
+    def __init__(self, seed: int, windows: tuple[int, ...] = (0,), vocab: int = 160, num_blocks: int = 40) -> None:
         self.rng = Random(seed)
-        self.windows = windows
+        self.windows, self.vocab = windows, vocab
         self.owners = [Owner() for _ in range(4)]
         self.free = [self.rng.sample(range(num_blocks), num_blocks) for _ in windows]
         self.number = 0
@@ -122,7 +122,7 @@ class Script:
         return max(0, position - window + 1) // BLOCK if window else 0
 
     def _start(self, slot: int, known: int) -> SlotStart:
-        rng, ids = self.rng, np.array(self.rng.sample(range(VOCAB), 3), np.int32)
+        rng, ids = self.rng, np.array(self.rng.sample(range(self.vocab), 3), np.int32)
         values: dict[str, Any] = {}
         if rng.random() < 0.6:
             values |= {"repetition_penalty": rng.choice([1.7, 0.6]), "frequency_penalty": rng.choice([0.0, 0.9])}
@@ -130,19 +130,22 @@ class Script:
         if rng.random() < 0.5:
             values |= {"bias_ids": ids, "bias": np.array([3.0, -100.0, 9.0], np.float32)}
         if rng.random() < 0.5:
-            values |= {"min_tokens": 3, "min_tokens_ids": np.arange(rng.randrange(VOCAB), VOCAB, dtype=np.int32)}
+            values |= {
+                "min_tokens": 3,
+                "min_tokens_ids": np.arange(rng.randrange(self.vocab), self.vocab, dtype=np.int32),
+            }
         if rng.random() < 0.5:
-            values |= {"bad_words": ((int(ids[0]),), (rng.randrange(VOCAB), int(ids[1])))}
-        tokens = np.array([rng.randrange(VOCAB) for _ in range(known)], np.int32)
+            values |= {"bad_words": ((int(ids[0]),), (rng.randrange(self.vocab), int(ids[1])))}
+        tokens = np.array([rng.randrange(self.vocab) for _ in range(known)], np.int32)
         return SlotStart(slot, known + rng.randint(0, 9), tokens, **values)
 
     def _piece(self, slot: int, room: int, rows: int) -> Piece:
         owner, rng = self.owners[slot], self.rng
-        tokens = [rng.randrange(VOCAB) for _ in range(min(room, rng.choice([1, 2, 7, 8, 9, 20])))]
+        tokens = [rng.randrange(self.vocab) for _ in range(min(room, rng.choice([1, 2, 7, 8, 9, 20])))]
         if owner.sampled and rng.random() < 0.6:
             tokens = [-1]
             if rng.random() < 0.4:  # one of the drafts at least is likely to be refused
-                tokens += [rng.randrange(VOCAB) for _ in range(min(rng.randint(1, 7), rows - 1, room - 1))]
+                tokens += [rng.randrange(self.vocab) for _ in range(min(rng.randint(1, 7), rows - 1, room - 1))]
         drafts = tokens[0] == -1 and len(tokens) > 1
         last = len(tokens) - 1
         if drafts:
@@ -151,7 +154,9 @@ class Script:
             kinds = [[last], [last], [], list(range(max(0, last + 1 - rows), last + 1)), [last // 2]]
             wanted = rng.choice(kinds)
         target = 0 if drafts else rng.choice([0, 0, 0, POOL, 1])
-        params = [self._params(target and (target if target == POOL else 1 + rng.randrange(VOCAB))) for _ in wanted]
+        params = [
+            self._params(target and (target if target == POOL else 1 + rng.randrange(self.vocab))) for _ in wanted
+        ]
         if wanted and not drafts and wanted[-1] == last:
             params[-1] = self._params()
         masked = rng.random() < 0.25 and any(p["target"] == 0 for p in params)
@@ -209,8 +214,9 @@ class Script:
     def _masks(self, count: int) -> TokenMasks | None:
         if not count:
             return None
-        draw = np.random.default_rng(self.rng.getrandbits(32)).random((count, VOCAB)) < 0.2
+        draw = np.random.default_rng(self.rng.getrandbits(32)).random((count, self.vocab)) < 0.2
         draw[:, 7] = True
+        draw = np.pad(draw, ((0, 0), (0, -self.vocab % 32)))
         packed = np.packbits(draw, axis=1, bitorder="little")
         return TokenMasks(np.ascontiguousarray(packed).view("<u4").astype(np.uint32))
 

@@ -36,7 +36,7 @@ def draw(seed: int) -> dict[str, Any]:
     others = [(name, rng.choice(formats)) for name in ("v", "up", "down", "embed")]
     heads = rng.choice([(4, 2), (4, 4), (4, 1), (6, 2), (8, 2)])
     changes: dict[str, Any] = {"num_heads": heads[0], "num_kv_heads": heads[1], "tied": rng.random() < 0.5}
-    changes |= {"intermediate_size": rng.choice([96, 192, 256]), "vocab_size": 160}
+    changes |= {"intermediate_size": rng.choice([96, 192, 256]), "vocab_size": rng.choice([160, 150, 203])}
     changes |= {"rope_freq_factors": rng.choice([None, tuple(1.0 + i / 4 for i in range(16))])}
     return {
         "fmt": fmt,

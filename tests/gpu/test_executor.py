@@ -214,15 +214,22 @@ def test_pooled_rows_of_requests_that_change_places() -> None:
 
 
 def test_more_adjustments_than_a_block_was_made_for() -> None:
-    """Its place grows while another step is under way, and all later ones fit in it."""
+    """Its place grows while another step is under way; all later ones fit in it, and the old one is given back."""
     made = executor(seed=15, layers=1)
-    driver = Driver(made, 40, 16)
+    driver, device = Driver(made, 40, 16), made.device
     whole = {"bias_ids": np.arange(160, dtype=np.int32), "bias": np.full(160, -100, np.float32)}
     whole["bias"][159] = 100.0
-    first = made.launch(driver.batch([(3, [5])]))
-    batch = driver.batch([(slot, [slot]) for slot in range(3)])
-    batch.slot_starts = tuple(SlotStart(slot, **whole) for slot in range(3))
-    second = made.launch(batch)
-    made.finish(first)
-    again = made.launch(driver.batch([(slot, [9]) for slot in range(3)]))
-    assert made.finish(second).token_ids.tolist() == made.finish(again).token_ids.tolist() == [159] * 3
+
+    def batch(starts: tuple[SlotStart, ...] = ()) -> Any:
+        made_ = driver.batch([(slot, [slot]) for slot in range(3)])
+        made_.slot_starts = starts
+        return made_
+
+    before = [made.launch(batch()), made.launch(batch())]  # either place has been used for such a step
+    quiet = [made.finish(ticket).token_ids.tolist() for ticket in before]
+    held = len(device.live)  # type: ignore[attr-defined]
+    tickets = [made.launch(batch(tuple(SlotStart(slot, tokens=np.zeros(2, np.int32), **whole) for slot in range(3))))]
+    tickets.append(made.launch(batch()))
+    found = [made.finish(ticket).token_ids.tolist() for ticket in tickets]
+    assert found == [[159] * 3] * 2 != quiet
+    assert len(device.live) == held + len(made.memory._grown)  # type: ignore[attr-defined]

@@ -219,6 +219,19 @@ def test_a_cache_is_empty_and_of_a_kind_that_kernels_read() -> None:
         allocate_cache(CacheSpec((0,), "full", 0, 16, "f32", 2, 32), 5, limits, device)
 
 
+def test_memory_that_grows_is_given_back_and_grows_seldom() -> None:
+    made = executor(layers=1)
+    device: Any = made.device
+    held, before = len(device.live), set(device.live)
+    seen = set()
+    for size in range(100, 20_000, 100):
+        found = made.memory.grown("some", size, made._compute)
+        seen.add(found.data_ptr())
+        assert len(found) >= size and found.data_ptr() in device.live and len(device.live) == held + 1
+        assert made.memory.grown("some", size - 50, made._compute).data_ptr() == found.data_ptr()
+    assert len(seen) <= 10 and len(device.live.keys() - before) == 1
+
+
 @pytest.mark.parametrize("piece", [16, 64, 100, 1 << 20])
 @pytest.mark.parametrize("seed", range(3))
 def test_uploads_arrive_whole_whatever_their_pieces(piece: int, seed: int) -> None:
