@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ridgeline.core.errors import ConfigError
+from ridgeline.core.errors import ConfigError, ModelFileError
 from ridgeline.core.formats import F32, FORMATS, WeightFormat
 from ridgeline.graph.ir import Graph
 from ridgeline.models import llama
@@ -65,8 +65,10 @@ def describe(name: str) -> Description:
     Raises ModelFileError or UnsupportedError as reading either does.
     """
     path = Path(name)
-    if path.is_dir() and (path / "config.json").is_file():
+    if path.is_dir():
         path = path / "config.json"
+        if not path.is_file():
+            raise ModelFileError(f"{path.parent} holds no config.json: name a folder that does, or a .gguf file")
     if path.suffix == ".json":
         config, stored = read_config(path)
         entries = llama.weight_entries(config)

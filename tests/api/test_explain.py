@@ -105,3 +105,8 @@ def test_frequencies_are_transformers(folder: Path) -> None:
     factors = np.array(describe(str(folder)).config.rope_freq_factors)  # type: ignore[attr-defined]
     ours = 500000.0 ** (-np.arange(64) / 64) / factors
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="holds no config.json"):
+        describe(str(tmp_path))
