@@ -18,6 +18,7 @@ REASONS: dict[str, list[Key]] = {
             "update_cache(cache, ints(1, 2), ints(1, 3))",
         ),
         ("beside", "every_launch_beside", "ints(1, 3)", "ints(3, 1)"),
+        ("beside", "every_launch_beside", "1 in ints(1, 3)", "2"),
         ("beside", "every_launch_beside", "2 in ints(2, 3)", "1"),
         ("beside", "every_launch_beside", "2 in ints(2, vocab)", "1"),
         ("beside", "every_launch_beside", "2 in ints(2, vocab)", "3"),
@@ -31,6 +32,7 @@ REASONS: dict[str, list[Key]] = {
         ("variants", "_known", "address % 16 == 0", "address % 16 != 0"),
         ("variants", "_known", "1 in 1 if value == 1 else (width, value % 16 == 0)", "2"),
         ("executor", "CudaExecutor.launch", "self._count += 1", "self._count -= 1"),
+        ("executor", "CudaExecutor.__init__", "0 in self._count = 0", "1"),
     ],
     "padding that nobody reads, or that says the same": [
         ("step", "encode", "1 in _padded(f['settles_masked'], np.where(held, rows['target'], 1), 1)", "2"),
@@ -43,6 +45,8 @@ REASONS: dict[str, list[Key]] = {
             ":requests + 1 in step.query_starts[:requests + 1]",
             ":requests + 1 + 1",
         ),
+        ("lowering", "Lowering._lower_rope_kv_write", ":tokens in step.positions[:tokens]", ":tokens + 1"),
+        ("lowering", "Lowering._lower_attention", ":requests in step.context_lens[:requests]", ":requests + 1"),
         (
             "lowering",
             "Lowering._lower_embed",
@@ -60,6 +64,19 @@ REASONS: dict[str, list[Key]] = {
     "beyond what a row wants the kernel leaves -1 and NaN, which is what is put there": [
         ("executor", "CudaExecutor._best", "0 in np.maximum(wanted, 0)", "1"),
     ],
+    "a default that everybody overrides, or a check of lengths that are always the same": [
+        ("lowering", "Lowering", "True in batch_invariant: bool = True", "False"),
+        ("lowering", "Lowering", "False in Sizes(1, 1, 1, False)", "True"),
+        ("step", "_cells", "True in strict=True", "False"),
+    ],
+    "a cache has scales of both or of neither": [
+        (
+            "lowering",
+            "Lowering._scales",
+            "cache.k_scales is None or cache.v_scales is None",
+            "cache.k_scales is None",
+        ),
+    ],
     "every plan for the CUDA target selects its rows before the last norm": [
         (
             "executor",
@@ -70,6 +87,7 @@ REASONS: dict[str, list[Key]] = {
     ],
     "numpy takes any negative length for the one to be found": [
         ("executor", "CudaExecutor._send", "1 in -1", "2"),
+        ("executor", "CudaExecutor._fetch", "1 in -1", "2"),
         ("step", "Layout.arrays", "1 in -1", "2"),
     ],
     "what is left out is implied by the rest": [

@@ -7,7 +7,8 @@ guard lets it touch nothing else. Where two runs do the same, the second takes w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ _real: Callable[..., int] = interpret.run
 def remember() -> None:
     """From here on launches of this process, and of children it forks, are remembered."""
     interpret.run = _run
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Within it launches are remembered, and for whoever comes after."""
+    before = interpret.run
+    remember()
+    try:
+        yield
+    finally:
+        interpret.run = before
 
 
 def clear() -> None:
