@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.mutation import report, survivors, untouched
 from tests.sim.effort import RECORDED, Effort
 from tests.sim.effort import SEEDS as EFFORT_SEEDS
-from tests.sim.mutate import classic, report, survivors
+from tests.sim.equivalents import EQUIVALENT
+from tests.sim.mutate import WHOLE, check, classic
 from tests.sim.simulation import run
 from tests.sim.soak import failure
 from tests.sim.soak import report as failed
@@ -43,8 +46,9 @@ def test_the_seeds_cost_no_more_work_than_before() -> None:
 def test_classic_faults_are_noticed(capsys: pytest.CaptureFixture[str]) -> None:
     faults = classic()
     assert len(faults) >= 10
-    alive = survivors(faults, range(SEEDS), jobs=len(os.sched_getaffinity(0)))
-    report(faults, alive, faults)
+    assert survivors([untouched(WHOLE[0])], partial(check, seeds=range(50)), 1), "the code as it is is noticed"
+    alive = survivors(faults, partial(check, seeds=range(SEEDS)), jobs=len(os.sched_getaffinity(0)))
+    report(faults, alive, faults, EQUIVALENT)
     assert not alive, capsys.readouterr().out
 
 
