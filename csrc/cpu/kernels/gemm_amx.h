@@ -67,11 +67,12 @@ inline __attribute__((always_inline)) void start_group(const TileBlock& b, const
 
 using GroupSums = int32_t[256];  // [16 rows][16 columns]
 
-template <int R>
-inline __attribute__((always_inline)) void scale_group(F32 (&acc)[R], F32 weight_scales, const float* row_scales,
-                                                       const GroupSums& sums) {
+// The kPart-th quarter of a block's rows.
+template <int kPart, int R>
+inline __attribute__((always_inline)) void scale_rows(F32 (&acc)[R], F32 weight_scales, const float* row_scales,
+                                                      const GroupSums& sums) {
 RL_UNROLL
-  for (int r = 0; r < R; r++)
+  for (int r = R * kPart / 4; r < R * (kPart + 1) / 4; r++)
     acc[r] = fma(to_f(load_i(sums + 16 * r)), mul(weight_scales, splat(row_scales[r])), acc[r]);
 }
 
@@ -81,15 +82,28 @@ struct Fetch {
   int lines = 0, stride = 0;
 };
 
-// Group g of the loop below, whose sums are in sums[C].
+// Group g of the loop below, whose sums are in sums[C]. Its vector work lies in quarters between the tile instructions:
+// a core that shares its tile unit with another virtual processor is a quarter faster so, any other as fast.
 template <Format kFormat, int R, int C>
 inline __attribute__((always_inline)) void group_turn(F32 (&acc)[R], const TileBlock& b, const uint8_t* tile,
                                                       const uint8_t* record, int groups, int g, GroupSums (&sums)[4],
                                                       const Fetch& fetch) {
+  constexpr int kNext = (C + 3) % 4;
+  const F32 weight_scales = load_f16(record + (size_t)g * record_bytes(kFormat));
+  const float* row_scales = b.scales + 16 * g;
+  const bool more = g + 3 < groups;
   for (int line = 0; line < fetch.lines; line++) prefetch(fetch.at + (size_t)g * fetch.stride + 64 * line);
-  if (g + 3 < groups) start_group<(C + 3) % 4>(b, tile, g + 3);
+  if (more) {
+    tile_zero<kNext>();
+    tile_load<4 + kNext % 2>(b.codes + (g + 3) * kGroup, b.row_stride);
+  }
+  scale_rows<0>(acc, weight_scales, row_scales, sums[C]);
+  if (more) tile_load<6 + kNext % 2>(tile + (g + 3) * kGroupBytes, 64);
+  scale_rows<1>(acc, weight_scales, row_scales, sums[C]);
+  if (more) tile_dot_s8<kNext, 4 + kNext % 2, 6 + kNext % 2>();
+  scale_rows<2>(acc, weight_scales, row_scales, sums[C]);
   if (g + 1 < groups) tile_store<(C + 1) % 4>(sums[(C + 1) % 4]);
-  scale_group<R>(acc, load_f16(record + (size_t)g * record_bytes(kFormat)), b.scales + 16 * g, sums[C]);
+  scale_rows<3>(acc, weight_scales, row_scales, sums[C]);
 }
 
 // out[r][0..32) = the chain of minima of eight rows from `row` on by both column tiles of a panel; rows past a block's
