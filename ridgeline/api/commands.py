@@ -103,6 +103,8 @@ def bench(
         batches = [int(b) for b in batch.split(",")]
     except ValueError:
         raise ConfigError(f"--batch must be numbers with commas between, such as 1,8,32, got {batch!r}") from None
+    if engine.get("device") == "emulated":
+        raise ConfigError("the emulated device has no speed to measure: take a GPU, or the cpu backend")
     from ridgeline.api.report import as_json, print_table
     from ridgeline.engine.ledger import render_ledger
     from ridgeline.perf.bench import run_bench

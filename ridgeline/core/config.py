@@ -10,7 +10,7 @@ from typing import Any
 from ridgeline.core.errors import ConfigError
 from ridgeline.core.types import unknown_argument
 
-KV_DTYPES = ("auto", "bf16", "f16", "f32", "int8")
+KV_DTYPES = ("auto", "bf16", "f16", "f32", "int8", "fp8")
 BACKENDS = ("cpu", "reference", "cuda")
 DEVICES = ("gpu", "emulated")
 SPECULATIONS = ("ngram",)
@@ -128,7 +128,9 @@ class EngineConfig:
             if self.backend != "cpu" and getattr(self, name) is not None:
                 raise ConfigError(f"the {self.backend} backend takes no {name}: leave it out, or use backend 'cpu'")
         if self.backend == "cuda" and self.kv_dtype == "f32":
-            raise ConfigError("the cuda backend keeps no f32 cache: kv_dtype may be auto, bf16, f16 or int8")
+            raise ConfigError("the cuda backend keeps no f32 cache: kv_dtype may be auto, bf16, f16, int8 or fp8")
+        if self.backend != "cuda" and self.kv_dtype == "fp8":
+            raise ConfigError(f"the {self.backend} backend keeps no fp8 cache: kv_dtype int8 takes as little memory")
         if self.backend != "cuda" and self.device is not None:
             raise ConfigError(f"the {self.backend} backend takes no device: leave it out, or use backend 'cuda'")
         if _KV_CHUNK % self.block_size:

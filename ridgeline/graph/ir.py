@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from ridgeline.core.formats import WeightFormat
 
-DTYPE_BYTES: dict[str, int] = {"f32": 4, "bf16": 2, "f16": 2, "i32": 4}
+DTYPE_BYTES: dict[str, int] = {"f32": 4, "bf16": 2, "f16": 2, "i32": 4, "fp8": 1}
 """Bytes per element of the plain activation and cache dtypes ("q8" rows are sized by ``row_bytes``)."""
 
 Q8_GROUP = 32
@@ -64,8 +64,8 @@ class CacheInfo:
     Attributes:
         group: index into ``Graph.caches``.
         layer: index of the layer within the group.
-        dtype: what keys and values are rounded to when written: "f32", "bf16", "f16" or "int8" (a scale for each
-            token and head).
+        dtype: what keys and values are rounded to when written: "f32", "bf16", "f16", "fp8" (e4m3, saturated) or "int8" (a
+            scale for each token and head).
         num_kv_heads, head_dim: shape of one token's keys (and values).
     """
 

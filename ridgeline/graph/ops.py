@@ -386,11 +386,15 @@ def _attention_infer(inputs: Inputs, attrs: Attrs) -> list[Out]:
 def _attention_work(inputs: Inputs, attrs: Attrs, load: Load) -> Cost:
     q, cache = inputs
     info, heads = _cache_info(cache), attrs["num_heads"]
-    kind = {"bf16": "bf16", "int8": "int8"}.get(info.dtype, "f32")
     read = load.kv_tokens_read * _kv_bytes(info)
-    convert = load.kv_tokens_read * 2 * info.num_kv_heads * info.head_dim if info.dtype == "f16" else 0
+    if q.dtype in ("bf16", "f16"):  # a GPU multiplies in the queries' type, whatever the cache holds
+        kind, planes, converts = "bf16", 1, info.dtype != q.dtype
+    else:
+        kind = {"bf16": "bf16", "int8": "int8"}.get(info.dtype, "f32")
+        planes = 2 if info.dtype == "int8" else 1  # queries and weights are two bytes wide beside int8
+        converts = info.dtype == "f16"
+    convert = load.kv_tokens_read * 2 * info.num_kv_heads * info.head_dim if converts else 0
     convert += load.size(q.shape[0]) * row_elements(q) if attrs["quantize"] else 0
-    planes = 2 if info.dtype == "int8" else 1  # queries and weights are two bytes wide beside int8
     dot = 4.0 * planes * load.attn_pairs * heads * info.head_dim
     return Cost({kind: dot}, scale_ops=12.0 * load.attn_pairs * heads, convert_ops=convert, kv_read=read)
 

@@ -15,7 +15,7 @@ class Target:
         activation: weight format name -> dtype of the activations that multiply it ("q8", "bf16", "f32");
             formats not named take "f32".
         fusions: names of passes whose results the backend can run.
-        kv_dtype: what the cache holds: "bf16", "f16", "f32" or "int8".
+        kv_dtype: what the cache holds: "bf16", "f16", "f32", "int8" or "fp8".
         hidden: dtype of activations between operators: "f32", or "bf16" or "f16" where kernels round what they store,
             and a matrix's numbers before they multiply it.
     """

@@ -178,7 +178,7 @@ def build(
         config: hyperparameters.
         formats: storage format of each of ``weight_entries``.
         max_tokens, max_rows: most tokens, and sampled rows, in a step.
-        kv_dtype: "bf16", "f16", "f32" or "int8".
+        kv_dtype: "bf16", "f16", "f32", "int8" or "fp8".
         block_size: tokens in a block of the cache.
 
     Returns:

@@ -38,6 +38,7 @@ def ridgeline(*args: str, **options: str) -> subprocess.CompletedProcess[str]:
         (["run", "smollm2", "-p", "x", "--frobnicate"], "No such option"),
         (["bench", "smollm2", "-b", "1;2"], "--batch must be numbers"),
         (["bench", "smollm2", "-o", "xml"], "--output must be table or json"),
+        (["bench", "smollm2", "--backend", "cuda", "--device", "emulated"], "the emulated device has no speed"),
     ],
 )
 def test_usage_errors_are_one_line_and_code_2(args: list[str], message: str) -> None:

@@ -272,6 +272,7 @@ def test_public_names_come_when_asked_for() -> None:
         ({"threads": 0}, "threads must be an integer of at least 1"),
         ({"threads": True}, "threads must be an integer"),
         ({"kv_dtype": "int3"}, "kv_dtype must be one of auto"),
+        ({"kv_dtype": "fp8"}, "the cpu backend keeps no fp8 cache: kv_dtype int8"),
         ({"block_size": 48}, "block_size must divide 256"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "at least max_num_seqs"),
         ({"model": ""}, "model must be"),

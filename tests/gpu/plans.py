@@ -68,7 +68,7 @@ class Listed:
 PLANS = (
     Listed("llama-8b-bf16", LLAMA_8B, "bf16"),
     Listed("llama-8b-f16", LLAMA_8B, "f16", "f16"),
-    Listed("llama-8b-q4_0", LLAMA_8B, "q4_0"),
+    Listed("llama-8b-q4_0-fp8", LLAMA_8B, "q4_0", "fp8"),
     Listed("smollm2-q4_1", SMOLLM2, "q4_1"),
     Listed("smollm2-q8_0", SMOLLM2, "q8_0"),
 )

@@ -63,7 +63,7 @@ def _own() -> list[GpuCase]:
     cases += [GpuCase("norm", 5, 96, kind, "bf16", numbers="zero") for kind in ("int8", "fp8")]
     cases += [GpuCase("gated", 2, 80, kind, "f32") for kind in ("silu", "gelu", "gelu_tanh")]
     cases.append(GpuCase("gated", 9, 2100, "silu"))  # more rows than few, as the next
-    cases += [GpuCase("rope_kv", 17, 64, kind, "bf16", (18, 9)) for kind in ("bf16", "int8")]
+    cases += [GpuCase("rope_kv", 17, 64, kind, "bf16", (18, 9)) for kind in ("bf16", "int8", "fp8")]
     cases += [GpuCase("gather", 3, width, "copy") for width in (1024, 1025, 2500)]
     cases.append(GpuCase("rope_kv", 3, 64, "int8", "bf16", (4, 3), "zero"))
     cases += [GpuCase("rope_kv", 2, 128, "f16", "f16", (9, 3)), GpuCase("rope_kv", 3, 64, "bf16", "f32", (32, 8))]

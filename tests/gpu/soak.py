@@ -40,7 +40,7 @@ def draw(seed: int) -> dict[str, Any]:
     changes |= {"rope_freq_factors": rng.choice([None, tuple(1.0 + i / 4 for i in range(16))])}
     return {
         "fmt": fmt,
-        "kv_dtype": rng.choice([hidden, "int8"]),
+        "kv_dtype": rng.choice([hidden, "int8", "fp8"]),
         "hidden": hidden,
         "layers": len(windows) or rng.choice([1, 2]),
         "windows": windows,

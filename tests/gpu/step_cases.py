@@ -36,6 +36,7 @@ CASES = [
     for what, sizes in (
         ("put_cells", (1, 3, 130)),
         ("copy_blocks", (1, 3)),
+        ("copy_fp8_blocks", (2,)),
         ("resolve", (1, 7, 129)),
         ("settle", (1, 5, 16)),
         ("adjust", (0, 2, 140)),
@@ -63,13 +64,17 @@ def _put_cells(rng: np.random.Generator, n: int) -> Climb:
     return Climb(step.put_cells(ints(cells), given), (exactly(given, table),))
 
 
-def _copy_blocks(rng: np.random.Generator, n: int) -> Climb:
-    cache = rng.integers(-50, 50, (2, 9, 3, 8, 50)).astype(np.float32)
+def _copy_blocks(rng: np.random.Generator, n: int, dtype: torch.dtype = torch.float32) -> Climb:
+    cache = rng.integers(-16, 17, (2, 9, 3, 8, 50)).astype(np.float32)
     order = rng.permutation(9)
     copies = np.stack([rng.choice(order[n:], n), order[:n]], axis=1)
-    given = torch.tensor(cache)
+    given = torch.tensor(cache).to(dtype)
     cache[:, copies[:, 1]] = cache[:, copies[:, 0]]
     return Climb(step.copy_blocks(ints(copies), given), (exactly(given, cache),))
+
+
+def _copy_fp8_blocks(rng: np.random.Generator, n: int) -> Climb:
+    return _copy_blocks(rng, n, torch.float8_e4m3fn)
 
 
 def _resolve(rng: np.random.Generator, n: int) -> Climb:

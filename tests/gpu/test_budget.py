@@ -12,7 +12,7 @@ from ridgeline.core.errors import ConfigError
 from tests.gpu.small_model import SIZES, model
 
 
-@pytest.mark.parametrize(("fmt", "kv_dtype"), [("bf16", "bf16"), ("q4_1", "int8")])
+@pytest.mark.parametrize(("fmt", "kv_dtype"), [("bf16", "bf16"), ("q4_1", "int8"), ("bf16", "fp8")])
 def test_an_executor_whose_cache_fills_the_device_fits(fmt: str, kv_dtype: str) -> None:
     _, plan, weights = model(fmt, kv_dtype)
     context = SIZES["max_blocks_per_slot"] * plan.caches[0].block_size

@@ -41,6 +41,8 @@ def drive(made: Any, steps: Sequence[Work], sampling: Any = None) -> list[tuple[
         ("q4_0", "bf16", "bf16"),
         ("q4_1", "bf16", "bf16"),
         ("q8_0", "int8", "bf16"),
+        ("f16", "fp8", "f16"),
+        ("q4_0", "fp8", "bf16"),
     ],
 )
 def test_logits_lose_what_their_roundings_cost(fmt: str, kv_dtype: str, hidden: str) -> None:

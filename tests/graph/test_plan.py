@@ -17,7 +17,7 @@ from ridgeline.graph.ir import bound, row_bytes
 from ridgeline.graph.memory import ALIGNMENT, Lifetime, align, place
 from ridgeline.graph.plan import compile
 from ridgeline.graph.roofline import roofline
-from ridgeline.graph.target import cpu_target, naive_target
+from ridgeline.graph.target import cpu_target, cuda_target, naive_target
 
 lifetimes = st.lists(
     st.tuples(st.integers(0, 20), st.integers(0, 10), st.integers(0, 5000)).map(
@@ -160,6 +160,19 @@ def test_an_int8_cache_counts_its_codes_and_a_scale_per_token_and_head():
     assert plan.caches[0].bytes_per_token == 3 * 2 * 2 * (16 + 4)
     cost = plan.cost(Load.of([(99, 1)]))
     assert cost.kv_read == 100 * plan.caches[0].bytes_per_token and cost.kv_written == plan.caches[0].bytes_per_token
+
+
+def test_a_gpu_multiplies_in_its_queries_type_whatever_the_cache_holds():
+    cfg = config()
+    weights = random_weights(cfg, "f32")
+    costs = {}
+    for kv_dtype in ("bf16", "f16", "fp8", "int8"):
+        plan = compile(graph(cfg, weights, kv_dtype), cuda_target(kv_dtype))
+        costs[kv_dtype] = plan.cost(Load.of([(99, 1)]))
+        assert plan.caches[0].bytes_per_token == {"fp8": 1, "int8": 1.25}.get(kv_dtype, 2) * 2 * 2 * 16 * cfg.num_layers
+    assert len({cost.dot["bf16"] for cost in costs.values()}) == 1
+    assert all("int8" not in cost.dot for cost in costs.values())
+    assert costs["bf16"].convert_ops < costs["fp8"].convert_ops == costs["int8"].convert_ops
 
 
 def test_the_cost_of_a_quantized_linear():

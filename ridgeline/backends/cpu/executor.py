@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ridgeline.backends.cpu import _native
-from ridgeline.backends.cpu.lowering import Lowering, packed_weight_bytes
-from ridgeline.core.errors import ConfigError, ModelFileError, RidgelineError, UnsupportedError
+from ridgeline.backends.cpu.lowering import Lowering, damaged, packed_weight_bytes
+from ridgeline.core.errors import ConfigError, RidgelineError, UnsupportedError
 from ridgeline.core.types import Batch, Float32, StepOutput, Ticket, TokenMasks
 from ridgeline.graph.ir import Value, bound
 from ridgeline.graph.plan import Plan
@@ -126,8 +126,7 @@ class CpuExecutor:
         except ValueError as error:
             raise UnsupportedError(f"{', '.join(p.tensor.name for p in parts)}: {error}") from None
         if bad >= 0:
-            names = ", ".join(p.tensor.name for p in parts)
-            raise ModelFileError(f"{names}: the weights hold NaN or infinity; the file is damaged: get it again")
+            raise damaged([p.tensor.name for p in parts])
         return matrix
 
     @property

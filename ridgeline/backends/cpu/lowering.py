@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ridgeline.backends.cpu import _native
-from ridgeline.core.errors import UnsupportedError
+from ridgeline.core.errors import ModelFileError, UnsupportedError
 from ridgeline.core.types import Float32
 from ridgeline.graph.ir import Sym, Value, bound
 from ridgeline.graph.plan import Plan, PlanOp, final_norm
 
 Place = tuple[int, int]
+
+
+def damaged(names: Sequence[str]) -> ModelFileError:
+    """What to raise for tensors with a NaN or an infinity among their weights."""
+    return ModelFileError(f"{', '.join(names)}: the weights hold NaN or infinity; the file is damaged: get it again")
 
 
 def packed_weight_bytes(plan: Plan) -> int:
@@ -45,7 +50,7 @@ class Lowering:
         self._final_norm = final if final and _rows(final.outputs[-1]) == "S" else None
 
     def run(self) -> None:
-        """Raises UnsupportedError for an operator without a native kernel."""
+        """Raises UnsupportedError for an operator without a native kernel, ModelFileError for a damaged norm."""
         for op in self._ops:
             method: Callable[[PlanOp, str], None] | None = getattr(self, f"_lower_{op.op}", None)
             if method is None:
@@ -64,8 +69,11 @@ class Lowering:
         return buffer.offset, buffer.row_bytes
 
     def _vector(self, value: Value) -> Float32:
-        parts = [self._weights[name].values() for name in value.info.parts]
-        return np.ascontiguousarray(np.concatenate(parts), np.float32)
+        parts = [self._weights[name] for name in value.info.parts]
+        vector = np.ascontiguousarray(np.concatenate([part.values() for part in parts]), np.float32)
+        if not np.isfinite(vector).all():
+            raise damaged([part.tensor.name for part in parts])
+        return vector
 
     def _lower_embed(self, op: PlanOp, name: str) -> None:
         self._native.add_embed(f"embed {name}", self._place(op.outputs[0]), self._matrices[op.inputs[1].name])

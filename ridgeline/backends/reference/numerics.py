@@ -13,11 +13,19 @@ from ridgeline.graph.ir import Q8_GROUP
 
 Array = npt.NDArray[Any]
 
-_STORED: dict[str, Any] = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
+_STORED: dict[str, Any] = {
+    "bf16": ml_dtypes.bfloat16,
+    "f16": np.float16,
+    "f32": np.float32,
+    "fp8": ml_dtypes.float8_e4m3fn,
+}
 
 
 def rounded(x: Array, dtype: str) -> Array:
-    """``x`` rounded to "bf16", "f16" or "f32" (nearest, ties to even), still in its own array type."""
+    """``x`` rounded to "bf16", "f16", "f32" or "fp8" (nearest, ties to even), still in its own array type. FP8 is e4m3,
+    which has no infinity: what is beyond 448 becomes that."""
+    if dtype == "fp8":
+        x = np.clip(x, -448, 448)
     with np.errstate(over="ignore"):  # beyond 65504, f16 is infinity, as the hardware rounds
         stored = x.astype(np.float32).astype(_STORED[dtype])
     result: Array = stored.astype(x.dtype)

@@ -60,6 +60,8 @@ def copy_blocks(copies: torch.Tensor, cache: torch.Tensor) -> list[Launch]:
         copies: int32 [n, 2]: source and destination; no destination is another copy's source or destination.
         cache: [layers, blocks, ...], the dimensions from the third on contiguous.
     """
+    if cache.dtype == torch.float8_e4m3fn:  # sm_80 has no such type; to a copy, codes are bytes
+        cache = cache.view(torch.uint8)
     layers, elements = cache.shape[0], cache[0, 0].numel()
     args = {"copies": copies, "cache": cache, "layer_stride": cache.stride(0), "block_stride": cache.stride(1)}
     grid = (copies.shape[0], layers, cdiv(elements, BLOCK))
