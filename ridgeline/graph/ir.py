@@ -64,8 +64,8 @@ class CacheInfo:
     Attributes:
         group: index into ``Graph.caches``.
         layer: index of the layer within the group.
-        dtype: what keys and values are rounded to when written: "f32", "bf16", "f16", "fp8" (e4m3, saturated) or "int8" (a
-            scale for each token and head).
+        dtype: what keys and values are rounded to when written: "f32", "bf16", "f16", "fp8" (e4m3, saturated) or
+            "int8" (a scale for each token and head).
         num_kv_heads, head_dim: shape of one token's keys (and values).
     """
 
