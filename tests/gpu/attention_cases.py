@@ -105,7 +105,7 @@ def _own() -> list[PagedCase]:
         for cache in ("int8", "fp8"):
             cases.append(PagedCase(op, 4, 2, 32, "bf16", ((0, 3), (254, 2)), 32, cache=cache))
             cases.append(PagedCase(op, 2, 2, 48, "f16", ((270, 3),), 8, 40, 5.0, 2.0, cache=cache))
-        cases.append(PagedCase(op, 4, 1, 128, "bf16", ((254, 3),), cache="fp8"))
+            cases += [PagedCase(op, 4, 1, dim, "bf16", ((254, 3),), cache=cache) for dim in (64, 128)]
     return cases
 
 

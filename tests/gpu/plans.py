@@ -70,5 +70,5 @@ PLANS = (
     Listed("llama-8b-f16", LLAMA_8B, "f16", "f16"),
     Listed("llama-8b-q4_0-fp8", LLAMA_8B, "q4_0", "fp8"),
     Listed("smollm2-q4_1", SMOLLM2, "q4_1"),
-    Listed("smollm2-q8_0", SMOLLM2, "q8_0"),
+    Listed("smollm2-q8_0-int8", SMOLLM2, "q8_0", "int8"),
 )
