@@ -11,6 +11,7 @@ Key = tuple[str, str, str, str]
 REASONS: dict[str, list[Key]] = {
     "a product's factors change places, and a * b = b * a exactly": [
         ("attention_decode", "fold", "add(l_all, before, l, now)", "add(before, l_all, l, now)"),
+        ("attention_decode", "fold", "add(l_all, before, l, now)", "add(l_all, before, now, l)"),
         (
             "attention_decode",
             "fold",
@@ -31,6 +32,7 @@ REASONS: dict[str, list[Key]] = {
         ),
     ],
     "what a masked lane holds is selected away, or reaches no element that is stored": [
+        ("attention_decode", "attend_turned", "0 in other=0", "1"),
         ("attention_prefill", "find_tile", "0 in other=0", "1"),
         (
             "attention_prefill",
@@ -99,6 +101,8 @@ REASONS: dict[str, list[Key]] = {
     "a tile of two parts is loaded for either of them": [("linear_quantized", "_sum", "2 in part % 2", "1")],
     "counters + tile = tile + counters": [
         ("linear", "linear_kernel", "arrive(counters, tile, SPLIT)", "arrive(tile, counters, SPLIT)"),
+        ("linear_fp8", "linear_fp8_kernel", "arrive(counters, tile, SPLIT)", "arrive(tile, counters, SPLIT)"),
+        ("linear_int8", "linear_int8_kernel", "arrive(counters, tile, SPLIT)", "arrive(tile, counters, SPLIT)"),
     ],
     "what lanes past the end hold is neither stored nor counted": [
         ("step", "put_cells_kernel", "0 in other=0", "1"),
