@@ -61,7 +61,7 @@ def test_damaged_weights_are_refused_by_name(fmt: str, bad: str) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_damaged_norms_are_refused_by_name(bad: float) -> None:
     weights = random_weights(config(head_dim=32), "q8_0")
-    (name,) = [n for n, w in weights.items() if n.startswith("layers.1") and len(w.tensor.shape) == 1][:1]
+    name = next(n for n, w in weights.items() if n.startswith("layers.1") and len(w.tensor.shape) == 1)
     tensor = weights[name].tensor
     data = tensor.data.copy()
     data.view("<f4")[3] = bad
