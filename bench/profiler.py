@@ -18,11 +18,11 @@ from types import SimpleNamespace
 import numpy as np
 
 from ridgeline.backends.cpu.executor import CpuExecutor
+from ridgeline.backends.cpu.lowering import plan_target
 from ridgeline.core.formats import FORMATS
 from ridgeline.core.types import SamplingParams
 from ridgeline.engine.engine import Engine, EngineLimits
 from ridgeline.graph.plan import compile
-from ridgeline.graph.target import cpu_target
 from ridgeline.models import llama
 from ridgeline.perf.profile import Stopwatch
 from ridgeline.weights.codecs import quantize
@@ -42,7 +42,8 @@ def make_engine(layers: int, steps: int) -> tuple[Engine, CpuExecutor]:
         weights[name] = SimpleNamespace(tensor=tensor, row_order=None, values=lambda v=values: v)
     formats = {name: weight.tensor.format for name, weight in weights.items()}
     plan = compile(
-        llama.build(config, formats, max_tokens=64, max_rows=8, kv_dtype="bf16", block_size=16), cpu_target("bf16")
+        llama.build(config, formats, max_tokens=64, max_rows=8, kv_dtype="bf16", block_size=16),
+        plan_target("bf16", None),
     )
     blocks = -(-(steps + 64) // 16)
     runs = CpuExecutor(plan, weights, num_slots=1, num_blocks=[blocks], max_blocks_per_slot=blocks, threads=1)

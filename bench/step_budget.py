@@ -15,11 +15,11 @@ import time
 import numpy as np
 
 from ridgeline.backends.cpu.executor import CpuExecutor
+from ridgeline.backends.cpu.lowering import plan_target
 from ridgeline.core.types import SAMPLING_DTYPE, Batch
 from ridgeline.graph.cost import Load
 from ridgeline.graph.plan import compile
 from ridgeline.graph.roofline import roofline
-from ridgeline.graph.target import cpu_target
 from ridgeline.models.load import load_model
 from ridgeline.perf.machine import measure_peaks
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     args = parser.parse_args()
     model = load_model(args.model)
-    target = cpu_target(args.kv_dtype)
+    target = plan_target(args.kv_dtype, args.isa)
     shapes = [int(s) for s in args.shapes.split(",")]
     longest = max(PREFILL, args.context, *shapes)
     if min(shapes) < 1 or args.context < 1 or longest > model.config.context_length:

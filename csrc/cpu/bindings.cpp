@@ -103,14 +103,14 @@ std::vector<const uint8_t*> gather_rows(const std::vector<std::pair<Array<uint8_
 }
 
 py::object pack_weight(Executor& e, const std::vector<std::pair<Array<uint8_t>, py::object>>& parts,
-                       const std::string& format_name, int k, int interleave) {
+                       const std::string& format_name, int k, int interleave, bool gathered) {
   Format format = format_of(format_name);
   auto rows = gather_rows(parts, format, k, interleave);
   int bad = -1;
   PackedMatrix m;
   {
     py::gil_scoped_release release;
-    m = e.pack(rows, format, k, &bad);
+    m = e.pack(rows, format, k, gathered, &bad);
   }
   return py::make_tuple(m, bad);
 }
@@ -250,7 +250,7 @@ void bind_ops(py::class_<Executor>& c) {
     a.next_layer = e.attention_layers < e.config().layers ? e.attention_layers : -1;
     if (silu_mul && w.n % 32) throw std::invalid_argument("a gated linear needs whole pairs of tiles");
     if (a.out_dtype == Dtype::Q8 && w.n % 64) throw std::invalid_argument("a q8 output needs whole groups of 32");
-    e.add_op(name, [a, f = e.kernels().linear](const Step& s, Worker& k) { f(a, s, k); });
+    e.add_op(name, [&a = e.keep_linear(a), f = e.kernels().linear](const Step& s, Worker& k) { f(a, s, k); });
   });
   c.def("add_rope_kv", [](Executor& e, const std::string& name, Place qkv, Place q, int layer) {
     RopeKvArgs a = rope_of(e, qkv, q, layer);
@@ -340,7 +340,8 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Ridgeline's CPU executor: packed weights, paged cache and a plan run by a thread team.";
   py::class_<PackedMatrix>(m, "PackedMatrix")
       .def_readonly("n", &PackedMatrix::n)
-      .def_readonly("k", &PackedMatrix::k);
+      .def_readonly("k", &PackedMatrix::k)
+      .def_property_readonly("is_tiled", [](const PackedMatrix& m) { return is_tiled(m.format); });
   py::class_<Executor> executor(m, "Executor");
   executor.def(py::init(&make_executor))
       .def("pack", &pack_weight)
@@ -356,8 +357,12 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("isa", [](const Executor& e) { return e.kernels().name; })
       .def_property_readonly("threads", [](Executor& e) { return e.team().size(); });
   bind_ops(executor);
-  m.def("packed_bytes", [](const std::string& format, int n, int k) {
-    return packed_bytes(packed_layout(format_of(format), n, k));
+  m.def("packed_bytes", [](const std::string& format, int n, int k, const std::string& isa, bool gathered) {
+    const Format packed = packed_format(format_of(format), has_tiles(*select_kernels(isa)), gathered);
+    return packed_bytes(packed_layout(packed, n, k));
+  });
+  m.def("is_tiled", [](const std::string& format, const std::string& isa, bool gathered) {
+    return is_tiled(packed_format(format_of(format), has_tiles(*select_kernels(isa)), gathered));
   });
   m.def("available_threads", &available_threads);
   m.def("available_isas", [] {

@@ -60,12 +60,12 @@ Executor::Executor(const ExecutorConfig& config)
   step_.partial_counts = partial_counts_.get();
 }
 
-PackedMatrix Executor::pack(const std::vector<const uint8_t*>& rows, Format format, int k, int* bad_row) {
-  PackedMatrix m = packed_layout(format, (int)rows.size(), k);
+PackedMatrix Executor::pack(const std::vector<const uint8_t*>& rows, Format file, int k, bool gathered, int* bad_row) {
+  PackedMatrix m = packed_layout(packed_format(file, has_tiles(*kernels_), gathered), (int)rows.size(), k);
   size_t bytes = packed_bytes(m);
   if (weights_used_ + bytes > weights_.size()) refuse("weight memory is smaller than the weights packed into it");
   uint8_t* out = weights_.data() + weights_used_;
-  *bad_row = ridgeline::pack(rows, m, out, team_);
+  *bad_row = ridgeline::pack(rows, file, m, out, team_);
   weights_used_ += bytes;
   m.data = out;
   return m;
@@ -75,6 +75,12 @@ const float* Executor::keep_vector(const float* values, size_t count) {
   vectors_.push_back(std::make_unique<float[]>(count));
   std::memcpy(vectors_.back().get(), values, count * sizeof(float));
   return vectors_.back().get();
+}
+
+const LinearArgs& Executor::keep_linear(const LinearArgs& a) {
+  linears_.push_back(std::make_unique<LinearArgs>(a));
+  if (linears_.size() > 1) linears_[linears_.size() - 2]->next = linears_.back().get();
+  return *linears_.back();
 }
 
 void Executor::add_op(std::string name, std::function<void(const Step&, Worker&)> run, BarrierFree free) {

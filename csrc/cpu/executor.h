@@ -42,9 +42,9 @@ class Executor {
  public:
   explicit Executor(const ExecutorConfig& config);
 
-  // Packs rows into this executor's weight memory. Throws when a row holds NaN or infinity (its index in
-  // `bad_row`).
-  PackedMatrix pack(const std::vector<const uint8_t*>& rows, Format format, int k, int* bad_row);
+  // Packs rows of a file into this executor's weight memory; `gathered`: for an embedding to look up. A row that holds
+  // NaN or infinity is left in `bad_row`.
+  PackedMatrix pack(const std::vector<const uint8_t*>& rows, Format file, int k, bool gathered, int* bad_row);
   const float* keep_vector(const float* values, size_t count);
 
   // When an operator needs no barrier behind it, because what follows reads what its own thread has written.
@@ -54,6 +54,8 @@ class Executor {
   const ExecutorConfig& config() const { return config_; }
   // Layers whose attention has been added so far: the next linear is followed by this one's.
   int attention_layers = 0;
+  // A linear's arguments, kept and linked to those of the one before.
+  const LinearArgs& keep_linear(const LinearArgs& a);
   void set_logits(Buffer logits) { logits_ = logits; }
   // Width of the final norm's rows, and the first operator that only serves the logits: left out where no row
   // wants any.
@@ -109,6 +111,7 @@ class Executor {
   Region weights_, arena_, cache_, rope_, partials_;
   size_t weights_used_ = 0;
   std::vector<std::unique_ptr<float[]>> vectors_;
+  std::vector<std::unique_ptr<LinearArgs>> linears_;
   std::vector<Region> scratch_;
   struct Op {
     std::function<void(const Step&, Worker&)> run;
@@ -139,6 +142,8 @@ class Executor {
   std::vector<float> logprobs_, top_logprobs_, hidden_;
 };
 
+// Whether quantized weights are packed for tile products.
+inline bool has_tiles(const Kernels& k) { return &k == kernels_amx(); }
 const Kernels* select_kernels(const std::string& isa);
 // Best bandwidth in bytes/s of `threads` threads reading a buffer of `bytes` several times.
 double measure_bandwidth(const Kernels& kernels, size_t bytes, int threads, double seconds);

@@ -1,6 +1,8 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -44,6 +46,75 @@ bool pack_quantized(const uint8_t* row, const PackedMatrix& m, uint8_t* panel, i
   return finite;
 }
 
+// A half as a float; what it is not exact for (infinity, NaN) is refused elsewhere.
+float from_half(uint16_t h) {
+  const float magnitude = h & 0x7c00 ? std::bit_cast<float>(((uint32_t)(h & 0x7fff) << 13) + (112u << 23))
+                                     : (float)(h & 0x3ff) * 0x1p-24f;
+  return h & 0x8000 ? -magnitude : magnitude;
+}
+// A half's value times a power of two, as a half again.
+uint16_t to_half(float x) {
+  const uint32_t b = std::bit_cast<uint32_t>(x), sign = b >> 16 & 0x8000, magnitude = b & 0x7fffffff;
+  if (magnitude >= 113u << 23) return (uint16_t)(sign | ((magnitude - (112u << 23)) >> 13));
+  return (uint16_t)(sign | (uint32_t)(std::bit_cast<float>(magnitude) * 0x1p24f + 0.5f));
+}
+// x * 2^-112 rounded to bf16; what is too small for a tile product is 0.
+uint16_t to_tile_bf16(float x) {
+  const uint32_t b = std::bit_cast<uint32_t>(x), magnitude = b & 0x7fffffff;
+  const uint32_t rounded = (magnitude + 0x7fff + (magnitude >> 16 & 1)) >> 16;
+  return rounded < 113u << 7 ? 0 : (uint16_t)((b >> 16 & 0x8000) | (rounded - (112u << 7)));
+}
+
+// Scale and minimum of a file's group as T4 has them, the scale positive.
+struct ScaleAndMinimum {
+  float scale, minimum;
+  bool turned;  // codes count down
+};
+ScaleAndMinimum t4_of(const uint8_t* group, Format from) {
+  float scale = from_half(read<uint16_t>(group));
+  float minimum = from == Format::Q4_0 ? -8 * scale : from_half(read<uint16_t>(group + 2));
+  if (scale >= 0) return {scale, minimum, false};
+  return {-scale, minimum + 15 * scale, true};
+}
+
+// One row of format `from` into column `c` of a tile panel. False if a scale is not finite.
+bool pack_tiled(const uint8_t* row, Format from, const PackedMatrix& m, uint8_t* panel, int c) {
+  const bool eight = m.format == Format::T8;
+  const int groups = m.k / kGroup, header = from == Format::Q4_1 ? 4 : 2, words = eight ? 8 : 4;
+  const int group_bytes = header + 4 * words, lane = c % kTile, tile = c / kTile;
+  bool finite = true;
+  float top = 0;
+  for (int g = 0; g < groups; g++) {
+    const uint8_t* group = row + g * group_bytes;
+    finite &= finite_f16(read<uint16_t>(group)) && (header == 2 || finite_f16(read<uint16_t>(group + 2)));
+    if (eight) {
+      top = std::max(top, 16 * std::abs(from_half(read<uint16_t>(group))));
+    } else {
+      const ScaleAndMinimum t = t4_of(group, from);
+      top = std::max({top, 16 * t.scale, std::abs(t.minimum)});
+    }
+  }
+  const int shift = top > 0 && finite ? 9 - std::ilogb(top) - 1 : 0;  // top becomes 256 to 512
+  const float factor = std::ldexp(1.0f, shift);
+  write(panel + column_scales_at(m.format, groups) + 4 * c, std::ldexp(1.0f, -kTileShift - shift));
+  for (int g = 0; g < groups; g++, row += group_bytes) {
+    uint8_t* record = panel + (size_t)g * tile_record(m.format);
+    uint32_t turn = eight ? 0x80808080u : 0;
+    float scale = eight ? from_half(read<uint16_t>(row)) : 0;
+    if (!eight) {
+      const ScaleAndMinimum t = t4_of(row, from);
+      scale = t.scale;
+      turn = t.turned ? 0xffffffffu : 0;
+      uint8_t* minima = panel + minima_at(m.format, groups) + (size_t)(g / kMinimaGroups * 2 + tile) * kTileBytes;
+      write(minima + g % kMinimaGroups / 2 * 64 + 4 * lane + 2 * (g % 2), to_tile_bf16(t.minimum * factor));
+    }
+    write(record + 2 * tile_codes(m.format) + 2 * c, to_half(scale * factor));
+    for (int j = 0; j < words; j++)
+      write(record + tile * tile_codes(m.format) + 64 * j + 4 * lane, read<uint32_t>(row + header + 4 * j) ^ turn);
+  }
+  return finite;
+}
+
 bool pack_float(const uint8_t* row, const PackedMatrix& m, uint8_t* panel, int c) {
   bool finite = true;
   for (int k = 0; k < m.k; k++) {
@@ -75,6 +146,12 @@ size_t file_row_bytes(Format format, int k) {
   }
 }
 
+Format packed_format(Format file, bool tiles, bool gathered) {
+  if (!tiles) return file;
+  if (file == Format::Q8_0) return Format::T8;
+  return is_quantized(file) && !gathered ? Format::T4 : file;  // T4 rounds its minima: no table to look numbers up in
+}
+
 PackedMatrix packed_layout(Format format, int n, int k) {
   if (n <= 0 || k <= 0) throw std::invalid_argument("a weight matrix needs at least one row and one column");
   if (is_quantized(format) && k % kGroup) throw std::invalid_argument("a quantized row must be a multiple of 32 long");
@@ -83,7 +160,9 @@ PackedMatrix packed_layout(Format format, int n, int k) {
   m.format = format;
   m.n = n;
   m.k = k;
-  m.panel_bytes = is_quantized(format) ? (size_t)k / kGroup * record_bytes(format) : file_row_bytes(format, k) * kPanel;
+  if (is_tiled(format) && k > kMaxTiledK) throw std::invalid_argument("a quantized row of more than 57,344 is too long");
+  m.panel_bytes = is_tiled(format)       ? column_scales_at(format, k / kGroup) + 4 * kPanel
+                  : is_quantized(format) ? (size_t)k / kGroup * record_bytes(format) : file_row_bytes(format, k) * kPanel;
   m.panel_bytes = round_up(m.panel_bytes, 64);
   return m;
 }
@@ -92,14 +171,15 @@ size_t packed_bytes(const PackedMatrix& m) {
   return ((size_t)m.n + kPanel - 1) / kPanel * m.panel_bytes;
 }
 
-int pack(const std::vector<const uint8_t*>& rows, const PackedMatrix& m, uint8_t* out, Team& team) {
+int pack(const std::vector<const uint8_t*>& rows, Format from, const PackedMatrix& m, uint8_t* out, Team& team) {
   const int panels = (m.n + kPanel - 1) / kPanel;
   std::atomic<int> bad{m.n};
   std::function<void(int)> job = [&](int) {
     team.share(0, panels, 2, [&](int begin, int end) {
       for (int n = begin * kPanel; n < std::min(end * kPanel, m.n); n++) {
         uint8_t* panel = out + (size_t)(n / kPanel) * m.panel_bytes;
-        bool finite = is_quantized(m.format) ? pack_quantized(rows[(size_t)n], m, panel, n % kPanel)
+        bool finite = is_tiled(m.format)       ? pack_tiled(rows[(size_t)n], from, m, panel, n % kPanel)
+                      : is_quantized(m.format) ? pack_quantized(rows[(size_t)n], m, panel, n % kPanel)
                                              : pack_float(rows[(size_t)n], m, panel, n % kPanel);
         for (int seen = bad.load(); !finite && n < seen && !bad.compare_exchange_weak(seen, n);) {
         }

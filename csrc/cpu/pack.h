@@ -11,12 +11,16 @@ namespace ridgeline {
 // Bytes between the rows of a matrix in its file.
 size_t file_row_bytes(Format format, int k);
 
+// What a file's format is packed as: `tiles` says whether kernels multiply tiles, `gathered` whether rows of this matrix
+// are looked up and must come out exactly.
+Format packed_format(Format file, bool tiles, bool gathered);
+
 // The layout of a packed [n, k] matrix; its last panels are filled up with zero weights.
 PackedMatrix packed_layout(Format format, int n, int k);
 size_t packed_bytes(const PackedMatrix& m);
 
-// Packs `rows` (n pointers to file rows) into `out`, packed_bytes long, zeroed and 64-byte aligned.
+// Packs `rows` (n pointers to rows of a file, in format `from`) into `out`, packed_bytes long, zeroed and 64-byte aligned.
 // Returns the index of the first row that holds a NaN or an infinity, or -1.
-int pack(const std::vector<const uint8_t*>& rows, const PackedMatrix& layout, uint8_t* out, Team& team);
+int pack(const std::vector<const uint8_t*>& rows, Format from, const PackedMatrix& layout, uint8_t* out, Team& team);
 
 }  // namespace ridgeline

@@ -6,7 +6,8 @@
 
 namespace ridgeline {
 
-enum class Format : int32_t { F32, F16, BF16, Q8_0, Q4_0, Q4_1 };
+// T8 and T4 are no file's: what Q8_0, and Q4_0 and Q4_1, become where a processor multiplies tiles (AMX).
+enum class Format : int32_t { F32, F16, BF16, Q8_0, Q4_0, Q4_1, T8, T4 };
 
 inline constexpr int kTile = 16;   // output columns side by side in one vector's lanes
 inline constexpr int kPanel = 32;  // output columns stored together: a pair of tiles, a and b
@@ -20,6 +21,14 @@ inline constexpr int kGroup = 32;  // weights along K that share a scale
 //     nibble column c at k = 4j + i and in its high nibble column c at k = 16 + 4j + i.
 //   codes, 8 bits: 8 times the same; the j-th holds column c at k = 4j + i, biased by 128.
 //   scales, minima: 32 fp16 each.
+// Tile panel: per group of K a record of tile a's codes, tile b's and 32 scales; then T4's minima; then for each column
+// the fp32 power of two that its sums are multiplied by.
+//   codes: 64 bytes hold for each column 4 bytes of the file's group, so T8 (biased by 128) has 8 such lines and T4 4.
+//     What K a place belongs to is then another matter: tile_order() has the order that activations are brought into.
+//   scales: fp16, times a power of two so that a column's greatest is around 16 to 32. T4's are positive: the codes of
+//     a negative one are turned round (q -> 15 - q).
+//   minima, of 32 groups each for tile a and for b: bf16 as a tile takes them, [16][column][2 groups], times the same
+//     power of two and 2^-112, the exponent that codes get from fp16 bits moved right by three places.
 // Float panel: fp32 and fp16 per k 32 values; bf16 per pair of k 16 pairs of tile a, 16 of tile b.
 struct PackedMatrix {
   const uint8_t* data = nullptr;
@@ -31,8 +40,31 @@ struct PackedMatrix {
 
 inline constexpr size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
 inline constexpr bool is_quantized(Format f) { return f >= Format::Q8_0; }
+inline constexpr bool is_tiled(Format f) { return f >= Format::T8; }
 inline constexpr int code_bytes(Format f) { return f == Format::Q8_0 ? 1024 : 512; }  // of a group's record
 inline constexpr int record_bytes(Format f) { return code_bytes(f) + (f == Format::Q4_1 ? 128 : 64); }
+
+inline constexpr int tile_codes(Format f) { return f == Format::T8 ? 512 : 256; }  // bytes of a group, one column tile
+inline constexpr int tile_record(Format f) { return 2 * tile_codes(f) + 64; }
+inline constexpr int kMinimaGroups = 32;  // whose minima fill one tile
+inline constexpr int kTileBytes = 1024;   // 16 rows of 64 bytes
+inline constexpr int minima_tiles(Format f, int groups) {
+  return f == Format::T4 ? (groups + kMinimaGroups - 1) / kMinimaGroups : 0;
+}
+inline constexpr size_t minima_at(Format f, int groups) { return (size_t)groups * tile_record(f); }
+inline constexpr size_t column_scales_at(Format f, int groups) {
+  return minima_at(f, groups) + (size_t)minima_tiles(f, groups) * 2 * kTileBytes;
+}
+inline constexpr int kMaxTiledK = 57344;   // 16 rows of activations fit a thread's scratch memory
+inline constexpr int kTileRaise = 96;               // activations come times 2^96,
+inline constexpr int kTileShift = kTileRaise - 112;  // codes and minima times 2^-112
+
+// Which of a group's 32 K the i-th place of a tile's K holds: a row of weights is a pair of places for each column.
+inline constexpr int tile_order(Format f, int i) {
+  const int row = i / 2, word = i % 2;
+  if (f == Format::T8) return 4 * (row / 2) + row % 2 + 2 * word;
+  return 4 * (row / 4) + row % 4 / 2 + row % 2 * 16 + 2 * word;
+}
 
 // A row of activations quantized to int8 per 32 of K: k codes, then per group fp32 scales, fp32
 // scale * sum(codes), int32 sum(codes). Rows are padded to 64 bytes.

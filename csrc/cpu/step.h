@@ -127,6 +127,7 @@ struct LinearArgs {
   Dtype out_dtype = Dtype::F32;
   Rows rows = Rows::Tokens;
   int32_t next_layer = -1;  // whose cache the next attention reads, or -1
+  const LinearArgs* next = nullptr;  // the linear that follows in the plan, if one does: its weights are wanted soon
 };
 struct RopeKvArgs {
   Buffer qkv, q;

@@ -22,7 +22,7 @@ from ridgeline.engine.recorder import FlightRecorder
 from ridgeline.engine.text import Detokenizer
 from ridgeline.graph.ir import Graph
 from ridgeline.graph.plan import Plan, compile
-from ridgeline.graph.target import cpu_target, cuda_target, naive_target
+from ridgeline.graph.target import cuda_target, naive_target
 from ridgeline.models.load import Model, load_model
 from ridgeline.models.registry import resolve
 
@@ -189,8 +189,9 @@ def make_executor(
     if config.backend == "cuda":
         return _make_cuda_executor(config, model, graph, kv_dtype, sizes)
     from ridgeline.backends.cpu.executor import CpuExecutor
+    from ridgeline.backends.cpu.lowering import plan_target
 
-    plan = compile(graph, cpu_target(kv_dtype))
+    plan = compile(graph, plan_target(kv_dtype, config.isa))
     sizes |= {"threads": config.threads, "isa": config.isa}
     # A packed weight's pages in the file are not read again: give them back as packing goes on.
     return plan, CpuExecutor(plan, model.weights, packed=model.file.drop_pages, **sizes)

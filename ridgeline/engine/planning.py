@@ -7,7 +7,7 @@ from dataclasses import replace
 from ridgeline.core.config import EngineConfig
 from ridgeline.core.formats import FORMATS
 from ridgeline.graph.plan import Plan, compile
-from ridgeline.graph.target import cpu_target, cuda_target
+from ridgeline.graph.target import cuda_target
 from ridgeline.models.description import Description
 
 
@@ -18,9 +18,11 @@ def hidden_dtype(formats: set[str]) -> str:
 
 def plan_for_cpu(model: Description, config: EngineConfig) -> Plan:
     """The plan that the cpu backend would run."""
+    from ridgeline.backends.cpu.lowering import plan_target
+
     kv_dtype = "bf16" if config.kv_dtype == "auto" else config.kv_dtype
     graph = model.graph(config.max_num_batched_tokens, config.sampled_rows(), kv_dtype, config.block_size)
-    return compile(graph, cpu_target(kv_dtype))
+    return compile(graph, plan_target(kv_dtype, config.isa))
 
 
 def plan_for_cuda(model: Description, config: EngineConfig) -> tuple[Plan, int]:

@@ -38,12 +38,15 @@ ALL_FUSIONS = frozenset(
     }
 )
 
-_CPU_ACTIVATION = {"q8_0": "q8", "q4_0": "q8", "q4_1": "q8", "bf16": "bf16"}
 
+def cpu_target(kv_dtype: str, tiles: bool = False) -> Target:
+    """Int8 activations for integer weights, bf16 for bf16, float32 for the rest; every fusion.
 
-def cpu_target(kv_dtype: str) -> Target:
-    """Int8 activations for integer weights, bf16 for bf16, float32 for the rest; every fusion."""
-    return Target("cpu", _CPU_ACTIVATION, ALL_FUSIONS, kv_dtype)
+    With ``tiles`` (AMX) bf16 ones for integer weights too, which are then rounded to bf16 as they are multiplied.
+    """
+    integers = "bf16" if tiles else "q8"
+    activation = {"q8_0": integers, "q4_0": integers, "q4_1": integers, "bf16": "bf16"}
+    return Target("cpu", activation, ALL_FUSIONS, kv_dtype)
 
 
 def cuda_target(kv_dtype: str, hidden: str = "bf16") -> Target:

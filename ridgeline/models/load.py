@@ -14,7 +14,7 @@ from ridgeline.core.errors import ModelFileError, UnsupportedError
 from ridgeline.graph.ir import Graph
 from ridgeline.models.registry import architecture, resolve
 from ridgeline.models.spec import Architecture, ModelConfig
-from ridgeline.weights.codecs import dequantize
+from ridgeline.weights.codecs import bf16_terms, dequantize
 from ridgeline.weights.gguf import GGUFFile, open_gguf
 from ridgeline.weights.tensor import WeightTensor
 
@@ -35,6 +35,12 @@ class Weight:
         """The weight dequantized, rows in the graph's order: [N, K] or [N]."""
         stored = dequantize(self.tensor.format, self.tensor.data, self.tensor.shape)
         return stored if self.row_order is None else stored[self.row_order]
+
+    def bf16_terms(self) -> npt.NDArray[np.float32]:
+        """A quantized matrix as bf16 products take it (``weights.codecs.bf16_terms``), rows in the graph's order."""
+        n, k = self.tensor.shape
+        terms = bf16_terms(self.tensor.format, self.tensor.data, (n, k))
+        return terms if self.row_order is None else terms[self.row_order]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -105,6 +106,28 @@ def codes_of(format: WeightFormat, data: Bytes, shape: tuple[int, int]) -> Codes
     # Signed bytes plus 128 are unsigned codes around a zero of 128.
     codes = np.concatenate([body & 15, body >> 4], axis=2) if format.bits == 4 else body ^ np.uint8(128)
     return Codes(codes.reshape(n, k), scales, minimums)
+
+
+def bf16_terms(format: WeightFormat, data: Bytes, shape: tuple[int, int]) -> Float32:
+    """A quantized matrix [N, K] as bf16 products take it: code times scale, rounded, plus the minimum, rounded.
+
+    Four-bit codes count from 0, those of a negative scale from 15 down, so that their products are never negative.
+    """
+    parts = codes_of(format, data, shape)
+    codes = parts.codes.astype(np.float32)
+    scales = np.repeat(parts.scales.astype(np.float32), format.group, axis=1)
+    if format.bits == 8:
+        return _bf16((codes - 128) * scales)
+    minimums = -8 * scales
+    if parts.minimums is not None:
+        minimums = np.repeat(parts.minimums.astype(np.float32), format.group, axis=1)
+    turned = scales < 0
+    codes, minimums = np.where(turned, 15 - codes, codes), np.where(turned, minimums + 15 * scales, minimums)
+    return _bf16(codes * np.abs(scales)) + _bf16(minimums)
+
+
+def _bf16(values: Float32) -> Float32:
+    return values.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def _decode_f32(flat: Bytes) -> Float32:

@@ -9,8 +9,8 @@ from graph.small_llama import config, random_weights
 
 from ridgeline.backends.cpu import _native
 from ridgeline.backends.cpu.executor import CpuExecutor
+from ridgeline.backends.cpu.lowering import plan_target
 from ridgeline.graph.plan import Plan, compile
-from ridgeline.graph.target import cpu_target
 from ridgeline.models import llama
 from ridgeline.models.load import Weight
 
@@ -33,18 +33,18 @@ MODELS: dict[str, tuple[str, dict[str, str], str, dict[str, Any]]] = {
 
 
 @cache
-def model_of(name: str) -> tuple[Plan, dict[str, Weight]]:
+def model_of(name: str, isa: str) -> tuple[Plan, dict[str, Weight]]:
     """A small random model, compiled."""
     fmt, override, kv_dtype, changes = MODELS[name]
     cfg = config(**{"context_length": 1024, "head_dim": 32, **changes})
     weights = random_weights(cfg, fmt, seed=len(name), override=override)
     formats = {n: w.tensor.format for n, w in weights.items()}
     graph = llama.build(cfg, formats, max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, kv_dtype=kv_dtype, block_size=16)
-    return compile(graph, cpu_target(kv_dtype)), weights
+    return compile(graph, plan_target(kv_dtype, isa)), weights
 
 
 def executor(name: str, isa: str, threads: int) -> CpuExecutor:
     """A small random model on the native executor."""
-    plan, weights = model_of(name)
+    plan, weights = model_of(name, isa)
     size = {"num_slots": SLOTS, "num_blocks": [SLOTS * BLOCKS], "max_blocks_per_slot": BLOCKS}
     return CpuExecutor(plan, weights, **size, threads=threads, isa=isa)

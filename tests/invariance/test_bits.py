@@ -11,8 +11,8 @@ from invariance.mixes import assert_same, run_alone, run_mix, run_steps
 from invariance.small_models import ISAS, MAX_ROWS, MODELS, SLOTS, executor
 
 from ridgeline.backends.cpu.executor import CpuExecutor
+from ridgeline.backends.cpu.lowering import plan_target
 from ridgeline.graph.plan import compile
-from ridgeline.graph.target import cpu_target
 from ridgeline.models.load import load_model
 
 
@@ -53,16 +53,16 @@ def test_long_contexts_decode_to_the_bits_of_prefill(isa: str, name: str) -> Non
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_path: Path):
-    """The embedded model's plan and weights."""
+    """The embedded model's graph and weights."""
     model = load_model(smollm2_path)
-    plan = compile(model.graph(max_tokens=544, max_rows=8, kv_dtype="bf16", block_size=16), cpu_target("bf16"))
-    yield plan, model.weights
+    yield model.graph(max_tokens=544, max_rows=8, kv_dtype="bf16", block_size=16), model.weights
     model.file.close()
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_embedded_model_keeps_its_bits(isa: str, smollm2) -> None:
-    plan, weights = smollm2
+    graph, weights = smollm2
+    plan = compile(graph, plan_target("bf16", isa))
     lengths = (530, 40, 17, 5) if isa != "generic" else (20, 9, 3)  # the portable path is slow
     ids = prompts(3, lengths, 49152)
     size = {"num_slots": 4, "num_blocks": [4 * 34], "max_blocks_per_slot": 34}

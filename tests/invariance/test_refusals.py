@@ -12,10 +12,10 @@ from graph.small_llama import Driver, config, random_weights
 from invariance.small_models import BLOCKS, ISAS, SLOTS, executor
 
 from ridgeline.backends.cpu.executor import CpuExecutor
+from ridgeline.backends.cpu.lowering import plan_target
 from ridgeline.core.errors import ConfigError, ModelFileError, RidgelineError, UnsupportedError
 from ridgeline.core.types import POOL, SAMPLING_DTYPE, Batch, SlotStart, Ticket, TokenMasks
 from ridgeline.graph.plan import compile
-from ridgeline.graph.target import cpu_target
 from ridgeline.models import llama
 from ridgeline.models.load import Weight
 
@@ -27,7 +27,7 @@ def build(weights: dict[str, Weight], block_size: int = 16, isa: str | None = No
     cfg = config(head_dim=32, **changes)
     formats = {n: w.tensor.format for n, w in weights.items()}
     graph = llama.build(cfg, formats, max_tokens=32, max_rows=8, kv_dtype="bf16", block_size=block_size)
-    plan = compile(graph, cpu_target("bf16"))
+    plan = compile(graph, plan_target("bf16", isa))
     return CpuExecutor(plan, weights, num_slots=2, num_blocks=[4], max_blocks_per_slot=2, threads=2, isa=isa)
 
 
@@ -86,7 +86,7 @@ def test_head_sizes_without_a_kernel_are_refused(head_dim: int) -> None:
     weights = random_weights(cfg, "f32")
     formats = {n: w.tensor.format for n, w in weights.items()}
     graph = llama.build(cfg, formats, max_tokens=8, max_rows=8, kv_dtype="f32", block_size=16)
-    plan = compile(graph, cpu_target("f32"))
+    plan = compile(graph, plan_target("f32", None))
     with pytest.raises(UnsupportedError, match="head"):
         CpuExecutor(plan, weights, num_slots=1, num_blocks=[2], max_blocks_per_slot=2)
 

@@ -32,14 +32,14 @@ def step(runs: Any, work: list[tuple[int, int, int]], rows: Any = None, **fields
 @pytest.mark.parametrize("name", MODELS)
 def test_pooled_rows_are_as_near_the_truth_as_plain_float32(name: str) -> None:
     """Though the head of an integer model reads them quantized: error at most twice that of numpy's float32."""
-    plan, weights = model_of(name)
     work, rows = [(0, 0, 9), (1, 0, 33)], [2, 8, 9, 30, 41]
-    truth, plain = (
-        step(ReferenceExecutor(plan, weights, **SIZE, dtype=d), work, rows, target=POOL)[0].hidden.astype(np.float64)
-        for d in (np.float64, np.float32)
-    )
-    allowed = 2 * np.abs(plain - truth).max()
     for isa in ISAS:
+        plan, weights = model_of(name, isa)
+        truth, plain = (
+            step(ReferenceExecutor(plan, weights, **SIZE, dtype=d), work, rows, target=POOL)[0].hidden.astype(float)
+            for d in (np.float64, np.float32)
+        )
+        allowed = 2 * np.abs(plain - truth).max()
         output, _ = step(executor(name, isa, 2), work, rows, target=POOL)
         assert output.hidden.shape == truth.shape == (5, truth.shape[1])
         assert np.abs(output.hidden - truth).max() <= allowed
@@ -103,7 +103,7 @@ def test_copied_blocks_hold_the_same_keys_and_values(name: str, threads: int) ->
 
     def make() -> Any:
         if name == "reference":
-            return ReferenceExecutor(*model_of("q4_1"), **SIZE)
+            return ReferenceExecutor(*model_of("q4_1", "generic"), **SIZE)
         return executor(name, ISAS[0], threads)
 
     runs, alone = make(), make()
@@ -125,7 +125,7 @@ def test_copied_blocks_hold_the_same_keys_and_values(name: str, threads: int) ->
 
 
 def test_chained_copies_are_refused_by_the_reference_too() -> None:
-    reference = ReferenceExecutor(*model_of("q4_1"), **SIZE)
+    reference = ReferenceExecutor(*model_of("q4_1", "generic"), **SIZE)
     for pairs in ([(0, 1), (1, 2)], [(0, 2), (1, 2)], [(3, 3)]):
         with pytest.raises(ValueError, match="copied"):
             step(reference, [(0, 0, 3)], block_copies=copies_of(pairs))

@@ -180,13 +180,21 @@ def plain_attention(
 
 
 def reference(
-    op: str, inputs: Sequence[Any], attrs: Mapping[str, Any], context: Any = None, codes: Codes | None = None
+    op: str,
+    inputs: Sequence[Any],
+    attrs: Mapping[str, Any],
+    context: Any = None,
+    codes: Codes | None = None,
+    terms: np.ndarray | None = None,
 ) -> list[tuple[Any, Any]]:
-    """(float64 truth, straightforward float32) of each output, before it is quantized."""
+    """(float64 truth, straightforward float32) of each output, before it is quantized.
+
+    ``codes``, ``terms``: what a linear multiplies int8 activations by, or bf16 ones by, if not the weight itself.
+    """
     attrs = {k: v for k, v in attrs.items() if k != "quantize"}
     truth = run_op(op, inputs, attrs, np.float64, context)
     if op == "linear":
-        y = plain_linear(inputs[0], inputs[1], codes)
+        y = plain_linear(inputs[0], inputs[1] if terms is None else terms, codes)
         return [(truth[0], plain_gate(y) if attrs.get("epilogue") else y)]
     if op == "rms_norm":
         return [(truth[0], plain_norm(*inputs, attrs["eps"]))]

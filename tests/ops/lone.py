@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ridgeline.backends.cpu import _native
-from ridgeline.backends.cpu.lowering import Lowering, packed_weight_bytes
+from ridgeline.backends.cpu.lowering import Lowering, packed_weight_bytes, packings
 from ridgeline.core.formats import FORMATS, WeightFormat
 from ridgeline.core.types import SAMPLING_DTYPE, Batch
 from ridgeline.graph.builder import GraphBuilder
@@ -110,22 +110,21 @@ class NativeGraph:
             "vocab": vocab or max(self._words, *(bound(w.shape[0]) for w in plan.weights.values())),
             "kv_dtype": heads.kv_dtype,
             "arena_bytes": plan.arena_bytes + SLACK,
-            "weight_bytes": packed_weight_bytes(plan),
+            "weight_bytes": packed_weight_bytes(plan, isa),
             "rope_frequency": list(heads.rope_frequency),
         }
         assert config["vocab"] * 4 <= SLACK
         self.native = _native.Executor(config)
         matrices = {
-            v.name: self._pack(v, [weights[p] for p in v.info.parts])
-            for v in plan.weights.values()
-            if len(v.shape) == 2
+            (v.name, gathered): self._pack(v, [weights[p] for p in v.info.parts], gathered)
+            for v, gathered in packings(plan, isa)
         }
         Lowering(plan, self.native, matrices, weights).run()
 
-    def _pack(self, value: Value, parts: Sequence[Weight]) -> Any:
+    def _pack(self, value: Value, parts: Sequence[Weight], gathered: bool) -> Any:
         info = value.info
         sources = [(p.tensor.data, p.row_order) for p in parts]
-        return self.native.pack(sources, info.format.name, bound(value.shape[1]), info.interleave)[0]
+        return self.native.pack(sources, info.format.name, bound(value.shape[1]), info.interleave, gathered)[0]
 
     def launch(self, batch: Batch) -> None:
         """Starts a step."""

@@ -35,7 +35,9 @@ def numbers(case: RowCase, width: int, rng: np.random.Generator) -> np.ndarray:
 class Lone:
     """A row case as a graph for the kernel, and as inputs for the reference."""
 
-    def __init__(self, case: RowCase) -> None:
+    def __init__(self, case: RowCase, tiles: bool = False) -> None:
+        """``tiles``: quantized weights as kernels take them that multiply tiles, with bf16 activations."""
+        self.tiles = tiles
         rng = np.random.default_rng(seed_of(case))
         self.case, self.attrs = case, dict(case.attrs)
         self.graph = LoneGraph(case.rows, case.rows)
@@ -43,6 +45,7 @@ class Lone:
         values = [self.graph.activation(f"x{i}", x) for i, x in enumerate(self.inputs)]
         self.sample_rows: np.ndarray | None = None
         self.codes: Codes | None = None
+        self.terms: np.ndarray | None = None
         if case.op == "select_rows":
             self.sample_rows = np.flatnonzero(rng.random(case.rows) < 0.5).astype(np.int32)
             self.inputs.append(self.sample_rows)
@@ -66,10 +69,12 @@ class Lone:
         else:
             w = g.stored("w", (n, k), fmt, random_matrix(fmt, n, k, rng))
         self.inputs.append(weight_array(w.info, g.values, np.float32))
-        if fmt.kind == "int":
+        if fmt.kind == "int" and self.tiles:
+            self.terms = weight_array(w.info, g.values, np.float32, terms=True)
+        elif fmt.kind == "int":
             parts = [Codes.of(fmt, g.values[p].tensor.data, g.values[p].tensor.shape[0]) for p in w.info.parts]
             self.codes = parts[0].interleaved(parts[1]) if len(parts) == 2 else parts[0]
-        to = ACTIVATION[name]
+        to = "bf16" if self.tiles else ACTIVATION[name]
         if to != "f32":
             x = self.inputs[0]
             self.inputs[0] = quantize_q8(x) if to == "q8" else rounded(x, to)
@@ -81,11 +86,16 @@ class Lone:
         return self.graph.build(logits=output)
 
 
+def reads_codes(case: RowCase) -> bool:
+    """Whether a case multiplies quantized weights, which instruction sets do in two ways."""
+    return case.op == "linear" and case.weight is not None and FORMATS[case.weight[0]].kind == "int"
+
+
 def run_everywhere(lone: Lone, output: Value) -> dict[str, np.ndarray]:
     """Raw rows by instruction set; the number of threads must not matter."""
     results = {}
     batch = single_request(lone.case.rows, lone.sample_rows)
-    for isa in ISAS:
+    for isa in ISAS if not reads_codes(lone.case) else [i for i in ISAS if (i == "amx") == lone.tiles]:
         by_threads = [
             NativeGraph(lone.graph_of(output), lone.graph.values, isa=isa, threads=threads).run(batch)
             for threads in (1, 2)
@@ -95,13 +105,16 @@ def run_everywhere(lone: Lone, output: Value) -> dict[str, np.ndarray]:
     return results
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("case", [c for c in ROW_CASES if c.op != "embed"], ids=lambda c: c.name)
-def test_row_operator(case: RowCase) -> None:
-    lone = Lone(case)
+def test_row_operator(case: RowCase, tiles: bool) -> None:
+    if tiles and not (reads_codes(case) and "amx" in ISAS):
+        pytest.skip("tiles multiply quantized weights, where there are any")
+    lone = Lone(case, tiles)
     if case.op == "quantize":  # the truth before rounding is the input itself
         expected = [(lone.inputs[0].astype(np.float64), lone.inputs[0])]
     else:
-        expected = reference(case.op, lone.inputs, lone.attrs, codes=lone.codes)
+        expected = reference(case.op, lone.inputs, lone.attrs, codes=lone.codes, terms=lone.terms)
     for output, (truth, straightforward) in zip(lone.outputs, expected, strict=True):
         for raw in run_everywhere(lone, output).values():
             assert_accurate(raw, output.dtype, truth, straightforward)
@@ -137,11 +150,11 @@ def test_embedding_is_exact(case: RowCase) -> None:
         np.testing.assert_array_equal(decode(raw, "f32"), dequantize(fmt, data, (75, width))[ids])
 
 
-@pytest.mark.parametrize("fmt", ["f32", "bf16", "q4_1"])
+@pytest.mark.parametrize("fmt", ["f32", "bf16", "q4_1", "q8_0"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, fmt: str) -> None:
     """One row alone, and the same row anywhere among others, whatever register block it falls into."""
-    lone = Lone(RowCase("linear", 150, (64,), (fmt, 170)))
+    lone = Lone(RowCase("linear", 150, (64,), (fmt, 170)), isa == "amx" and fmt[0] == "q")
     graph = lone.graph_of(lone.outputs[0])
     whole = NativeGraph(graph, lone.graph.values, isa=isa, threads=1).run(single_request(150))
     for threads in (1, 2, 3, 4, 6):

@@ -123,7 +123,7 @@ def test_kernels_of_nsight_systems_by_the_range_that_launched_them(tmp_path: Pat
 
 
 def test_a_table_of_nsight_systems(tmp_path: Path) -> None:
-    plan, _ = model_of("q4_1")
+    plan, _ = model_of("q4_1", "generic")
     (table,) = tables(read_nsys(exported(tmp_path)), [Shape(2, 64)], 9, plan, 64, PEAKS, "nsys")
     rows = {row.name: row for row in table.rows}
     assert table.seconds == pytest.approx(300e-9) and table.steps == 2
@@ -191,7 +191,7 @@ def test_counters_of_nsight_compute() -> None:
     assert linear.occupancy == pytest.approx((0.5 * 1 + 0.1 * 3) / 4)
     assert attention.occupancy is None and attention.seconds == pytest.approx(2.0005e-6)
     assert set(recorded.operators) == {"linear q+k+v", "attention", "sample"}
-    plan, _ = model_of("q4_1")
+    plan, _ = model_of("q4_1", "generic")
     table = table_of(recorded, 2, Shape(2, 64), plan, 64, PEAKS, "ncu")
     row = next(r for r in table.rows if r.name == "linear q+k+v")
     assert row.bytes == 6144 and row.calls == 1 and row.binds == "occupancy"

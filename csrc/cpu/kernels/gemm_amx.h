@@ -1,8 +1,15 @@
-// The integer matrix product on tile registers: up to 16 rows of activations by 16 columns of weights at a time.
+// The matrix product on tile registers: bf16 activations by weights unpacked to bf16, up to 32 rows by a panel at a time.
 //
-// Bit for bit what gemm_q8.h computes: the products of a group are summed exactly, scaling, its order and the
-// separate chain of minima are the same. (A tile product takes a cycle a row whether it sums 32 or 64 bytes of K, so
-// bf16 tiles, with every code an integer that bf16 holds exactly, would save the conversion; measured no faster.)
+// A tile product sums 32 of K for each element in one fixed order and adds the sum to what there is, so a row's result
+// depends on neither the rows beside it nor their number: one row takes the same instructions as 512. What a group of
+// weights is scaled by is multiplied into the weights, not into the sums: a scale for every 32 of K would cost more
+// vector operations than a tile product takes time.
+//
+// Unpacking takes three and a quarter operations for 32 four-bit weights, each of which either vector port can do:
+//   (w & 15) | 0x6400           the half 1024 + q
+//   fma(that, d, -1024 d)       q * d, rounded once
+//   mulhrs(bits, 2^12)          a half's bits moved right by 3, rounded: a bf16 of 8 bits, times 2^-112
+// Activations are multiplied by 2^96 to make up for that exponent (packed.h), a column's sums by a last power of two.
 #pragma once
 
 #include "isa/isa.h"
@@ -11,158 +18,155 @@
 namespace ridgeline::RL_ISA {
 
 inline constexpr int kTileRows = 16;
-inline constexpr int kGroupBytes = 512;  // of a group of K in an unpacked column tile: 8 rows of 16 columns by 4 of K
+inline constexpr int kTileRow = 64;  // bytes: 32 of K
+inline constexpr int kRing = 4;      // groups of a panel that are kept unpacked when no further rows want them
+inline constexpr size_t kGroupTiles = 2 * kTileBytes;  // a group of a panel unpacked: tiles a and b
 
-// Tiles 0 to 3 sum, 4 and 5 hold activations, 6 and 7 weights.
+// Tiles 0 to 3 sum (rows 0 to 15 by columns a and b, then rows 16 to 31), 4 and 5 hold activations, 6 and 7 weights.
 inline TileConfig gemm_config(int rows) {
   TileConfig c;
-  for (int t = 0; t < 4; t++) c.shape(t, rows, 64);
-  for (int t = 4; t < 6; t++) c.shape(t, rows, kGroup);
-  for (int t = 6; t < 8; t++) c.shape(t, kGroup / 4, 64);
+  for (int half = 0; half < 2; half++) {
+    const int some = half == 0 ? (rows < kTileRows ? rows : kTileRows) : rows - kTileRows;
+    if (some <= 0) break;
+    c.shape(2 * half, some, kTileRow);
+    c.shape(2 * half + 1, some, kTileRow);
+    c.shape(4 + half, some, kTileRow);
+  }
+  c.shape(6, kTileRows, kTileRow);
+  c.shape(7, kTileRows, kTileRow);
   return c;
 }
 
-// Sixteen columns by 4 of K as bytes, from a record's j-th pair of lines (packed.h), made signed.
-template <Format kFormat>
-inline I32 signed_codes(const uint8_t* line, bool high) {
-  const I32 w = load_i(line);
-  if constexpr (kFormat == Format::Q8_0) return _mm512_xor_si512(w, _mm512_set1_epi8((char)0x80));
-  const I32 codes = high ? high_nibbles(w) : low_nibbles(w);
-  return kFormat == Format::Q4_0 ? _mm512_sub_epi8(codes, _mm512_set1_epi8(8)) : codes;
+inline constexpr int kAndOr = 0xea, kOrAnd = 0xf8;  // (a & b) | c, a | (b & c)
+
+inline __attribute__((always_inline)) I32 half_to_bf16(__m512h positive) {
+  return _mm512_mulhrs_epi16((__m512i)positive, _mm512_set1_epi16(1 << 12));
 }
 
-// A panel's codes as two column tiles, each [groups][8][16 columns][4 of K].
+// One group of one column tile: 16 rows of 16 columns by a pair of K, ready to be loaded.
 template <Format kFormat>
-inline void unpack_panel(const uint8_t* panel, int groups, uint8_t* out) {
-  constexpr bool kEight = kFormat == Format::Q8_0;
-  for (int g = 0; g < groups; g++, panel += record_bytes(kFormat)) {
-    for (int tile = 0; tile < 2; tile++) {
-      uint8_t* group = out + (size_t)(tile * groups + g) * kGroupBytes;
+inline __attribute__((always_inline)) void unpack_group(const uint8_t* codes, const uint8_t* scales, uint8_t* out) {
+  const __m512i twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5,
+                                         4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m512i packed = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)scales));
+  const __m512h d = (__m512h)_mm512_permutexvar_epi16(twice, packed);
+  const __m512i thousand = _mm512_set1_epi16(0x6400);  // as a half, 1024
+  if constexpr (kFormat == Format::T4) {
+    const __m512i low = _mm512_set1_epi16(0xf), high = _mm512_set1_epi16(0xf0);
+    const __m512h d16 = _mm512_mul_ph(d, _mm512_set1_ph((_Float16)0.0625f));
+    const __m512h less = _mm512_mul_ph(d, _mm512_set1_ph((_Float16)-1024.0f));
+    const __m512h less16 = _mm512_mul_ph(d, _mm512_set1_ph((_Float16)-64.0f));
 RL_UNROLL
-      for (int j = 0; j < (kEight ? 8 : 4); j++) {
-        const uint8_t* line = panel + 128 * j + 64 * tile;
-        store_i(group + 64 * j, signed_codes<kFormat>(line, false));
-        if constexpr (!kEight) store_i(group + 64 * (4 + j), signed_codes<kFormat>(line, true));
+    for (int j = 0; j < 4; j++) {
+      const __m512i w = load_i(codes + 64 * j), v = _mm512_srli_epi16(w, 8);
+      auto put = [&](int i, __m512i from, __m512i mask, __m512h by, __m512h minus) {
+        const __m512h code = (__m512h)_mm512_ternarylogic_epi32(from, mask, thousand, kAndOr);
+        store_i(out + 64 * (4 * j + i), half_to_bf16(_mm512_fmadd_ph(code, by, minus)));
+      };
+      put(0, w, low, d, less);
+      put(1, w, high, d16, less16);
+      put(2, v, low, d, less);
+      put(3, v, high, d16, less16);
+    }
+  } else {  // signed: the sign is carried round the change of format
+    const __m512i byte = _mm512_set1_epi16(0xff), magnitude = _mm512_set1_epi16(0x7fff);
+    const __m512i sign = _mm512_set1_epi16((short)0x8000);
+    const __m512h zero = _mm512_set1_ph((_Float16)1152.0f);  // 1024 and the codes' bias
+RL_UNROLL
+    for (int j = 0; j < 8; j++) {
+      const __m512i w = load_i(codes + 64 * j);
+RL_UNROLL
+      for (int i = 0; i < 2; i++) {
+        const __m512i code = i == 0 ? _mm512_ternarylogic_epi32(w, byte, thousand, kAndOr)
+                                    : _mm512_or_si512(_mm512_srli_epi16(w, 8), thousand);
+        const __m512i h = (__m512i)_mm512_mul_ph(_mm512_sub_ph((__m512h)code, zero), d);
+        const __m512i x = half_to_bf16((__m512h)_mm512_and_si512(h, magnitude));
+        store_i(out + 64 * (2 * j + i), _mm512_ternarylogic_epi32(x, h, sign, kOrAnd));
       }
     }
   }
 }
 
-// One block of up to 16 activation rows, ready for the tiles.
-struct TileBlock {
-  const uint8_t* codes;      // of its first row
-  size_t row_stride;         // bytes
-  const float* scales;       // [groups][16]
-  const float* scaled_sums;  // [groups][16]
-  int row, rows;             // in the step
-};
-
-template <int C>
-inline __attribute__((always_inline)) void start_group(const TileBlock& b, const uint8_t* tile, int g) {
-  tile_zero<C>();
-  tile_load<4 + C % 2>(b.codes + g * kGroup, b.row_stride);
-  tile_load<6 + C % 2>(tile + g * kGroupBytes, 64);
-  tile_dot_s8<C, 4 + C % 2, 6 + C % 2>();
-}
-
-using GroupSums = int32_t[256];  // [16 rows][16 columns]
-
-// The kPart-th quarter of a block's rows.
-template <int kPart, int R>
-inline __attribute__((always_inline)) void scale_rows(F32 (&acc)[R], F32 weight_scales, const float* row_scales,
-                                                      const GroupSums& sums) {
-RL_UNROLL
-  for (int r = R * kPart / 4; r < R * (kPart + 1) / 4; r++)
-    acc[r] = fma(to_f(load_i(sums + 16 * r)), mul(weight_scales, splat(row_scales[r])), acc[r]);
-}
-
-// What is fetched into the cache while a product runs: with each group of K some lines, `stride` bytes further on.
+// What is fetched into the cache while a product runs: some lines with each group of K.
 struct Fetch {
   const uint8_t* at = nullptr;
-  int lines = 0, stride = 0;
+  int lines = 0;
 };
 
-// Group g of the loop below, whose sums are in sums[C]. Its vector work lies in quarters between the tile instructions:
-// a core that shares its tile unit with another virtual processor is a quarter faster so, any other as fast.
-template <Format kFormat, int R, int C>
-inline __attribute__((always_inline)) void group_turn(F32 (&acc)[R], const TileBlock& b, const uint8_t* tile,
-                                                      const uint8_t* record, int groups, int g, GroupSums (&sums)[4],
-                                                      const Fetch& fetch) {
-  constexpr int kNext = (C + 3) % 4;
-  const F32 weight_scales = load_f16(record + (size_t)g * record_bytes(kFormat));
-  const float* row_scales = b.scales + 16 * g;
-  const bool more = g + 3 < groups;
-  for (int line = 0; line < fetch.lines; line++) prefetch(fetch.at + (size_t)g * fetch.stride + 64 * line);
-  if (more) {
-    tile_zero<kNext>();
-    tile_load<4 + kNext % 2>(b.codes + (g + 3) * kGroup, b.row_stride);
+// Up to 32 rows of activations by one panel.
+struct TileProduct {
+  const uint8_t* x;        // [blocks of 16 rows][tiles of K][rows][64 bytes], then the sums of groups if there are minima
+  size_t x_tile, x_block;  // bytes of a tile and of a block's tiles
+  const uint8_t* panel;
+  uint8_t* unpacked;       // room for the whole panel, or for kRing groups; not used for bf16
+  bool ring;
+  int groups;
+  const uint8_t* next;     // as many bytes as a panel has are fetched from here: weights that are wanted soon
+  size_t next_bytes;       // of a panel
+  Fetch fetch;
+  float (*sums)[256];      // out: four tiles of 16 by 16, as many as there are rows for
+};
+
+// The product of the group at `weights`, whose two tiles lie `apart` bytes apart, rows `stride` bytes.
+template <int kBlocks>
+inline __attribute__((always_inline)) void add_products(const uint8_t* x, size_t x_block, const uint8_t* weights,
+                                                        size_t apart, size_t stride) {
+  tile_load<4>(x, kTileRow);
+  tile_load<6>(weights, stride);
+  tile_dot_bf16<0, 4, 6>();
+  tile_load<7>(weights + apart, stride);
+  tile_dot_bf16<1, 4, 7>();
+  if constexpr (kBlocks == 2) {
+    tile_load<5>(x + x_block, kTileRow);
+    tile_dot_bf16<2, 5, 6>();
+    tile_dot_bf16<3, 5, 7>();
   }
-  scale_rows<0>(acc, weight_scales, row_scales, sums[C]);
-  if (more) tile_load<6 + kNext % 2>(tile + (g + 3) * kGroupBytes, 64);
-  scale_rows<1>(acc, weight_scales, row_scales, sums[C]);
-  if (more) tile_dot_s8<kNext, 4 + kNext % 2, 6 + kNext % 2>();
-  scale_rows<2>(acc, weight_scales, row_scales, sums[C]);
-  if (g + 1 < groups) tile_store<(C + 1) % 4>(sums[(C + 1) % 4]);
-  scale_rows<3>(acc, weight_scales, row_scales, sums[C]);
 }
 
-// out[r][0..32) = the chain of minima of eight rows from `row` on by both column tiles of a panel; rows past a block's
-// last give numbers nobody reads. Apart from the tiles, whose loop has no registers for it.
-inline void minima_columns(const TileBlock& b, int row, const uint8_t* minima, int groups, size_t record_stride,
-                           float* out, int stride) {
-  constexpr int kRowsAtOnce = 8;
-  F32 acc[kRowsAtOnce][2];
+// `kUnpack`: the panel's first rows, which unpack it on the way; bf16 needs no unpacking, only fetching.
+template <Format kFormat, int kBlocks, bool kUnpack>
+__attribute__((noinline)) void tile_product(const TileProduct& p) {
+  constexpr bool kPacked = is_tiled(kFormat);
+  constexpr int kRecord = kPacked ? tile_record(kFormat) : (int)kGroupTiles, kCodes = tile_codes(kFormat);
+  constexpr int kLag = kPacked && kUnpack ? 2 : 0;  // groups from storing an unpacked tile to loading it
+  tile_zero<0>(), tile_zero<1>();
+  if constexpr (kBlocks == 2) tile_zero<2>(), tile_zero<3>();
+  const size_t groups = (size_t)p.groups, mask = p.ring ? kRing - 1 : ~(size_t)0;
+  // First the minima, while the first weights are unpacked, times the sums of their groups' activations: each sum is
+  // two bf16, itself rounded and what that leaves.
+  const uint8_t *minima = p.panel + minima_at(kFormat, p.groups), *sums = p.x + groups * p.x_tile;
+  for (int i = 0; i < minima_tiles(kFormat, p.groups); i++, minima += kGroupTiles, sums += 2 * p.x_tile) {
+    add_products<kBlocks>(sums, p.x_block, minima, kTileBytes, 64);
+    add_products<kBlocks>(sums + p.x_tile, p.x_block, minima, kTileBytes, 64);
+  }
+  // What lies behind a panel's records is fetched with them.
+  const uint8_t *elsewhere = p.fetch.at, *rest = p.next + groups * kRecord;
+  const size_t rest_lines = ((p.next_bytes - groups * kRecord) / 64 + groups - 1) / groups;
+  for (size_t g = 0; g < groups + kLag; g++) {
+    if (kUnpack && g < groups) {
+      const uint8_t* record = p.panel + g * kRecord;
 RL_UNROLL
-  for (int r = 0; r < kRowsAtOnce; r++) acc[r][0] = acc[r][1] = zero_f();
-  const float* sums = b.scaled_sums + row;
-  for (int g = 0; g < groups; g++, minima += record_stride, sums += kTileRows) {
-    const F32 low = load_f16(minima), high = load_f16(minima + 32);
-RL_UNROLL
-    for (int r = 0; r < kRowsAtOnce; r++) {
-      const F32 t = splat(sums[r]);
-      acc[r][0] = fma(low, t, acc[r][0]);
-      acc[r][1] = fma(high, t, acc[r][1]);
+      for (int line = 0; line < kRecord; line += 64) prefetch_far(p.next + g * kRecord + line);
+      for (size_t line = 0; line < rest_lines; line++) prefetch_far(rest + (g * rest_lines + line) * 64);
+      if constexpr (kPacked) {
+        uint8_t* to = p.unpacked + (g & mask) * kGroupTiles;
+        unpack_group<kFormat>(record, record + 2 * kCodes, to);
+        unpack_group<kFormat>(record + kCodes, record + 2 * kCodes + 32, to + kTileBytes);
+      }
+    }
+    for (int line = 0; line < p.fetch.lines; line++, elsewhere += 64) prefetch(elsewhere);
+    tile_fence();
+    if (g < kLag) continue;
+    const size_t h = g - kLag;
+    const uint8_t* x = p.x + h * p.x_tile;
+    if constexpr (kPacked) {
+      add_products<kBlocks>(x, p.x_block, p.unpacked + (h & mask) * kGroupTiles, kTileBytes, 64);
+    } else {
+      add_products<kBlocks>(x, p.x_block, p.panel + h * kRecord, 64, 128);
     }
   }
-RL_UNROLL
-  for (int r = 0; r < kRowsAtOnce; r++) {
-    store_f(out + r * stride, acc[r][0]);
-    store_f(out + r * stride + kTile, acc[r][1]);
-  }
-}
-
-// out[r][0..16) of R rows (`stride` floats apart) by one column tile, plus what is there for formats with a minimum.
-// `record` points at the first group's scales of these columns. The sums of a group pass through memory, the only way
-// out of a tile: they are started three groups and stored one group before they are scaled. (A tile's store takes 15
-// cycles beside which little else starts; the three vector operations of each row come on top.)
-template <Format kFormat, int R>
-__attribute__((noinline)) void tile_columns(const TileBlock& b, const uint8_t* tile, const uint8_t* record, int groups,
-                                            float* out, int stride, const Fetch& fetch) {
-  constexpr bool kMinimum = kFormat == Format::Q4_1;
-  alignas(64) GroupSums sums[4];
-  F32 acc[R];
-RL_UNROLL
-  for (int r = 0; r < R; r++) acc[r] = zero_f();
-  tile_fence();
-  start_group<0>(b, tile, 0);
-  if (groups > 1) start_group<1>(b, tile, 1);
-  if (groups > 2) start_group<2>(b, tile, 2);
-  tile_store<0>(sums[0]);
-  int g = 0;
-  for (; g + 4 <= groups; g += 4) {
-    group_turn<kFormat, R, 0>(acc, b, tile, record, groups, g, sums, fetch);
-    group_turn<kFormat, R, 1>(acc, b, tile, record, groups, g + 1, sums, fetch);
-    group_turn<kFormat, R, 2>(acc, b, tile, record, groups, g + 2, sums, fetch);
-    group_turn<kFormat, R, 3>(acc, b, tile, record, groups, g + 3, sums, fetch);
-  }
-  if (g < groups) group_turn<kFormat, R, 0>(acc, b, tile, record, groups, g, sums, fetch);
-  if (g + 1 < groups) group_turn<kFormat, R, 1>(acc, b, tile, record, groups, g + 1, sums, fetch);
-  if (g + 2 < groups) group_turn<kFormat, R, 2>(acc, b, tile, record, groups, g + 2, sums, fetch);
-RL_UNROLL
-  for (int r = 0; r < R; r++) {
-    if constexpr (kMinimum) acc[r] = add(acc[r], load_f(out + r * stride));
-    store_f(out + r * stride, acc[r]);
-  }
+  tile_store<0>(p.sums[0]), tile_store<1>(p.sums[1]);
+  if constexpr (kBlocks == 2) tile_store<2>(p.sums[2]), tile_store<3>(p.sums[3]);
 }
 
 }  // namespace ridgeline::RL_ISA

@@ -24,7 +24,6 @@ constexpr int kManyRows = 8;
 #else
 constexpr int kManyRows = 6;
 #endif
-constexpr size_t kFetchAhead = 16384;
 
 // Starts to bring a panel into the cache. With 8-bit records a core asks for this many lines ahead of eight rows
 // of arithmetic only when told so beforehand (docs/perf-log.md).
@@ -116,13 +115,16 @@ const Block* blocks_of(Format f) {
   }
 }
 
-// Runs the layer on tile registers, where there are any and they are faster; the bits are the same.
+// Runs the layer on tile registers, where there are any and its weights and activations are made for them.
 bool on_tiles([[maybe_unused]] const LinearArgs& a, [[maybe_unused]] const Step& s, [[maybe_unused]] Worker& w,
               [[maybe_unused]] CacheAhead& cache, [[maybe_unused]] int units) {
 #if defined(RL_ISA_AMX)
-  if (a.w.format == Format::Q4_1) return tile_linear<Format::Q4_1>(a, s, w, cache, units);
-  if (a.w.format == Format::Q4_0) return tile_linear<Format::Q4_0>(a, s, w, cache, units);
-  if (a.w.format == Format::Q8_0) return tile_linear<Format::Q8_0>(a, s, w, cache, units);
+  switch (a.w.format) {
+    case Format::T4: return tile_linear<Format::T4>(a, s, w, cache, units), true;
+    case Format::T8: return tile_linear<Format::T8>(a, s, w, cache, units), true;
+    case Format::BF16: return a.w.k % kGroup == 0 && (tile_linear<Format::BF16>(a, s, w, cache, units), true);
+    default: break;
+  }
 #endif
   return false;
 }

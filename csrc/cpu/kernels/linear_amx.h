@@ -1,9 +1,9 @@
-// Linear layers with quantized weights on tile registers: a thread unpacks a panel once and multiplies all its rows
-// by it, in blocks of up to 16. What is computed by whom is decided as in linear.cpp.
+// Linear layers on tile registers: bf16 activations by Q8_0, Q4_0, Q4_1 (as T8 and T4) or bf16 weights, for any number
+// of rows. A thread brings its rows into the order of tiles once, then takes one panel after another, unpacks it with
+// its first rows and multiplies all its rows by it. What is computed by whom is decided as in linear.cpp.
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <utility>
 
@@ -13,193 +13,200 @@
 
 namespace ridgeline::RL_ISA {
 
-inline constexpr int kTileLeastRows = 64;  // fewer are as fast without tiles
-inline constexpr size_t kBlockBytes = 512 << 10;  // of activations prepared at a time
-
-using TileColumns = void (*)(const TileBlock&, const uint8_t*, const uint8_t*, int, float*, int, const Fetch&);
-
-template <Format kFormat, size_t... kRows>
-constexpr std::array<TileColumns, kTileRows> tile_columns_table(std::index_sequence<kRows...>) {
-  return {tile_columns<kFormat, (int)kRows + 1>...};
-}
+inline constexpr size_t kRowsBytes = 1 << 20;   // of activations prepared at a time, half the second-level cache
+inline constexpr size_t kSpareBytes = 16 << 10;  // of scratch, for the row numbers and rounding up
 
 // One thread's part of a linear layer: its rows by units [unit_begin, unit_end).
 template <Format kFormat>
 class TileLinear {
  public:
-  TileLinear(const LinearArgs& a, const Step& s, Worker& w, CacheAhead& cache, int unit_begin, int unit_end)
-      : a_(a), s_(s), cache_(cache), groups_(a.w.k / kGroup), unit_begin_(unit_begin), unit_end_(unit_end), rest_(w.scratch) {
-    unpacked_ = take<uint8_t>((size_t)panels() * 2 * groups_ * kGroupBytes);
-    block_ = take<TileBlock>((size_t)rows_at_once(a));
-    results_ = take<float>((size_t)rows_at_once(a) * kResult);  // blocks of fewer than 16 rows only come last
-    rows_at_ = rest_;
+  // `rows`: how many the thread will add in all.
+  TileLinear(const LinearArgs& a, const Step& s, Worker& w, CacheAhead& cache, int rows, int unit_begin, int unit_end)
+      : a_(a), s_(s), w_(w), cache_(cache), groups_(a.w.k / kGroup), tiles_(groups_ + 2 * minima_tiles(kFormat, groups_)),
+        unit_begin_(unit_begin), unit_end_(unit_end), block_rows_(std::min(rows, kTileRows)) {
+    const size_t budget = kScratchBytes - kSpareBytes, row = (size_t)tiles_ * kTileRow;
+    const size_t whole = is_tiled(kFormat) ? (size_t)groups_ * kGroupTiles : 0, few = kRing * kGroupTiles;
+    ring_ = rows <= 2 * kTileRows || whole + 4 * kTileRows * row > budget;
+    capacity_ = ring_ ? ((few + 2 * kTileRows * row <= budget ? 2 : 1) * kTileRows)
+                      : (int)(std::min(kRowsBytes, budget - whole) / row) / (2 * kTileRows) * (2 * kTileRows);
+    capacity_ = std::clamp(capacity_, kTileRows, 1024);
+    uint8_t* at = w.scratch;
+    auto take = [&](size_t bytes) { return std::exchange(at, at + round_up(bytes, 64)); };
+    numbers_ = (int*)take(4 * (size_t)capacity_);
+    unpacked_ = take(ring_ ? few : whole);
+    x_ = take(0);
   }
 
-  // Bytes of scratch that a layer needs for `rows` rows at a time.
-  static size_t scratch_bytes(const LinearArgs& a, int rows) {
-    const size_t groups = (size_t)a.w.k / kGroup, panels = a.epilogue == Epilogue::None ? 1 : 2;
-    return panels * 2 * groups * kGroupBytes + 1024 +
-           (sizeof(TileBlock) + 4 * kResult) * (size_t)rows_at_once(a) +
-           ((size_t)rows / kTileRows + 1) * groups * kTileRows * 8;
-  }
-
-  // Rows that can be prepared at once: 16 at least, more while they fit the second-level cache.
-  static int rows_at_once(const LinearArgs& a) {
-    return std::max<int>(kTileRows, (int)(kBlockBytes / (size_t)a.w.k) / kTileRows * kTileRows);
-  }
-
-  // Takes rows [begin, end), at most rows_at_once together.
   void add_rows(int begin, int end) {
-    for (int row = begin; row < end;) {
-      if (pending_ == rows_at_once(a_)) flush();
-      const int next = std::min(end, row + rows_at_once(a_) - pending_);
-      prepare(row, next);
-      pending_ += next - row;
-      row = next;
+    for (int row = begin; row < end; row++) {
+      if (pending_ == capacity_) flush();
+      prepare(row);
+      numbers_[pending_++] = row;
     }
   }
 
-  // Multiplies the rows taken.
+  // Multiplies the rows added.
   void flush() {
+    const int most = std::min(pending_, 2 * kTileRows);
+    const int configured = pending_ <= 2 * kTileRows ? pending_ : most;
+    if (!pending_) return;
+    tile_configure(gemm_config(configured));
     for (int unit = unit_begin_; unit < unit_end_; unit++) multiply(unit);
-    cold_ = false;
-    rest_ = rows_at_;
-    blocks_ = pending_ = 0;
+    if (a_.next_layer < 0) tile_release();  // the step's last linears: until then the next wants them again
+    pending_ = 0;
   }
 
  private:
-  static constexpr int kResult = 2 * kPanel;  // columns of a unit at most
-
-  template <class T>
-  T* take(size_t count) {
-    T* at = (T*)rest_;
-    rest_ += round_up(count * sizeof(T), 64);
-    return at;
-  }
+  size_t x_tile() const { return (size_t)block_rows_ * kTileRow; }
+  size_t x_block() const { return (size_t)tiles_ * x_tile(); }
   int panels() const { return a_.epilogue == Epilogue::None ? 1 : 2; }
 
-  // Splits rows into blocks that differ by at most one row and lays out what their products read.
-  void prepare(int begin, int end) {
-    const int count = end - begin, parts = (count + kTileRows - 1) / kTileRows;
-    for (int i = 0; i < parts; i++) {
-      const int row = begin + (int)((long)count * i / parts), next = begin + (int)((long)count * (i + 1) / parts);
-      float* scales = take<float>(16 * (size_t)groups_);
-      float* scaled_sums = take<float>(16 * (size_t)groups_);
-      for (int r = row; r < next; r++) {
-        const uint8_t* x = s_.at(a_.x, (size_t)r);
-        const float* from = (const float*)(x + q8_scales_at(a_.w.k));
-        const float* sums = (const float*)(x + q8_scaled_sums_at(a_.w.k));
-        for (int g = 0; g < groups_; g++) scales[16 * g + r - row] = from[g], scaled_sums[16 * g + r - row] = sums[g];
+  // The next row, times 2^96, in the order of tiles, and the sums of its groups. What is too large for that becomes
+  // NaN, as does NaN; what is smaller than 2^-126 is 0, as for the tiles.
+  void prepare(int row) {
+    const uint8_t* from = s_.at(a_.x, (size_t)(a_.per_thread && s_.rows(a_.rows) == 1 ? w_.thread : row));
+    uint8_t* to = x_ + (size_t)(pending_ / kTileRows) * x_block() + (size_t)(pending_ % kTileRows) * kTileRow;
+    if constexpr (!is_tiled(kFormat)) {
+      for (int g = 0; g < groups_; g++) store_i(to + (size_t)g * x_tile(), load_i(from + g * kTileRow));
+      return;
+    }
+    alignas(64) short order[32];
+RL_UNROLL
+    for (int i = 0; i < 32; i++) order[i] = (short)tile_order(kFormat, i);
+    const I32 places = load_i(order), magnitude = _mm512_set1_epi16(0x7fff), sign = _mm512_set1_epi16((short)0x8000);
+    const I32 exponent = _mm512_set1_epi16(0x7f80), raise = _mm512_set1_epi16(kTileRaise << 7), ones = _mm512_set1_epi16(0x3f80);
+    alignas(64) float sums[kMinimaGroups] = {};
+    for (int g = 0; g < groups_; g++) {
+      const I32 x = load_i(from + g * kTileRow);
+      const __mmask32 some = _mm512_test_epi16_mask(x, exponent);
+      const I32 raised = _mm512_maskz_adds_epi16(some, _mm512_and_si512(x, magnitude), raise);
+      const I32 placed = _mm512_permutexvar_epi16(places, _mm512_ternarylogic_epi32(raised, x, sign, kOrAnd));
+      store_i(to + (size_t)g * x_tile(), placed);
+      if constexpr (kFormat == Format::T4) {
+        sums[g % kMinimaGroups] = reduce_add(dot_bf16(zero_f(), placed, ones));
+        if (g % kMinimaGroups == kMinimaGroups - 1 || g == groups_ - 1) {
+          store_sums_of(sums, to + (size_t)(groups_ + g / kMinimaGroups * 2) * x_tile());
+          std::fill_n(sums, kMinimaGroups, 0.0f);
+        }
       }
-      block_[blocks_++] = {s_.at(a_.x, (size_t)row), a_.x.stride, scales, scaled_sums, row, next - row};
+    }
+  }
+  // 32 sums as bf16 and what that leaves, the row of two tiles.
+  void store_sums_of(const float* sums, uint8_t* to) const {
+    for (int i = 0; i < 2; i++) {
+      const F32 x = load_f(sums + 16 * i);
+      store_bf16(to + 32 * i, x);
+      const F32 first = from_bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(to + 32 * i))), 16));
+      store_bf16(to + x_tile() + 32 * i, sub(x, first));
     }
   }
 
   void multiply(int unit) {
-    static constexpr auto kTable = tile_columns_table<kFormat>(std::make_index_sequence<kTileRows>{});
     const uint8_t* panel = a_.w.data + (size_t)unit * panels() * a_.w.panel_bytes;
     const bool pair = panels() == 2 && (unit + 1) * 2 * kPanel <= a_.w.n;
-    const int used = pair ? 2 : 1;
-    const size_t tile_bytes = (size_t)groups_ * kGroupBytes;
-    for (int p = 0; p < used; p++)
-      unpack_panel<kFormat>(panel + p * a_.w.panel_bytes, groups_, unpacked_ + 2 * p * tile_bytes);
-    if constexpr (kFormat == Format::Q4_1) {
-      for (int p = 0; p < used; p++)
-        for (int i = 0; i < blocks_; i++)
-          for (int row = 0; row < block_[i].rows; row += 8)
-            minima_columns(block_[i], row, panel + p * a_.w.panel_bytes + code_bytes(kFormat) + 64, groups_,
-                           record_bytes(kFormat), results(i) + row * kResult + kPanel * p, kResult);
-    }
-    for (int t = 0; t < 2 * used; t++) {  // one column tile stays in the first-level cache for all rows
-      const uint8_t* scales = panel + t / 2 * a_.w.panel_bytes + code_bytes(kFormat) + t % 2 * 32;
-      // The next unit's panels, half by either column tile: unpacking them is all loads and could not wait for memory.
-      constexpr int kLines = (record_bytes(kFormat) / 64 + 1) / 2;
-      const Fetch next{panel + (used + t / 2) * a_.w.panel_bytes + t % 2 * 64 * kLines, kLines, record_bytes(kFormat)};
-      for (int i = 0; i < blocks_; i++) {
-        const TileBlock& b = block_[i];
-        if (b.rows != configured_) tile_configure(gemm_config(configured_ = b.rows));
-        kTable[(size_t)b.rows - 1](b, unpacked_ + t * tile_bytes, scales, groups_, results(i) + kTile * t, kResult,
-                                     cold_ && i == 0 ? next : ahead());
+    alignas(64) float sums[2][4][256];  // of the unit's panels
+    alignas(64) static thread_local float low[1024][kTile];
+    const size_t panel_bytes = a_.w.panel_bytes;
+    for (int p = 0; p < (pair ? 2 : 1); p++, panel += panel_bytes) {
+      const uint8_t* next = soon(unit * panels() + p);
+      const float* scales = (const float*)(panel + column_scales_at(kFormat, groups_));
+      for (int row = 0; row < pending_; row += 2 * kTileRows) {
+        const int count = std::min(2 * kTileRows, pending_ - row);
+        const uint8_t* x = x_ + (size_t)(row / kTileRows) * x_block();
+        TileProduct product{x,       x_tile(), x_block(),   panel,           unpacked_, ring_,
+                            groups_, next,     panel_bytes, ahead(), sums[p]};
+        const bool unpack = row == 0 || ring_;
+        if (count > kTileRows) {
+          unpack ? tile_product<kFormat, 2, true>(product) : tile_product<kFormat, 2, false>(product);
+        } else {
+          unpack ? tile_product<kFormat, 1, true>(product) : tile_product<kFormat, 1, false>(product);
+        }
+        for (int i = 0; i < count; i++) {
+          const float* first = sums[p][i / kTileRows * 2] + i % kTileRows * kTile;
+          const F32 a = scaled(first, scales), b = scaled(first + 256, scales + kTile);
+          uint8_t* out = s_.at(a_.out, (size_t)numbers_[row + i]);
+          if (panels() == 1) {
+            store_plain(out, unit, a, b);
+          } else if (pair && p == 0) {
+            store_f(low[row + i], mul(silu(a), b));
+          } else {
+            store_gated(out, unit, pair, pair ? load_f(low[row + i]) : mul(silu(a), b), mul(silu(a), b));
+          }
+        }
       }
     }
-    for (int i = 0; i < blocks_; i++)
-      panels() == 1 ? store_plain(block_[i], unit, results(i)) : store_gated(block_[i], unit, pair, results(i));
+  }
+  // What to fetch while a panel is multiplied: this thread's panel a few further on, or the next layer's first ones.
+  const uint8_t* soon(int panel) const {
+    const int end = std::min(unit_end_ * panels(), (a_.w.n + kPanel - 1) / kPanel);
+    panel += (int)((kFetchAhead + a_.w.panel_bytes - 1) / a_.w.panel_bytes);
+    if (panel < end || !a_.next) return a_.w.data + (size_t)panel * a_.w.panel_bytes;
+    const LinearArgs& next = *a_.next;
+    const int columns = next.epilogue == Epilogue::None ? kPanel : 2 * kPanel, units = (next.w.n + columns - 1) / columns;
+    const size_t begin = unit_begin_ ? (size_t)((long)units * w_.thread / w_.team.size()) * columns / kPanel : 0;
+    return next.w.data + begin * next.w.panel_bytes + (size_t)(panel - end) * a_.w.panel_bytes;
+  }
+  static F32 scaled(const float* sums, const float* scales) {
+    return is_tiled(kFormat) ? mul(load_f(sums), load_f(scales)) : load_f(sums);
   }
   Fetch ahead() {
     const uint8_t* at = cache_.take();
-    return at ? Fetch{at, kLinesPerGroup, 64 * kLinesPerGroup} : Fetch{};
+    return at ? Fetch{at, lines_per_group(kFormat)} : Fetch{};
   }
-  float* results(int block) const { return results_ + (size_t)block * kTileRows * kResult; }
 
-  void store_plain(const TileBlock& b, int unit, const float* results) const {
+  void store_plain(uint8_t* row, int unit, F32 a, F32 b) const {
     const int column = unit * kPanel, width = std::min(kPanel, a_.w.n - column);
-    for (int r = 0; r < b.rows; r++)
-      std::memcpy((float*)s_.at(a_.out, (size_t)(b.row + r)) + column, results + r * kResult, 4 * (size_t)width);
-  }
-
-  // Columns 0 to 15 are gate, 16 to 31 up, and again.
-  void store_gated(const TileBlock& b, int unit, bool pair, const float* results) const {
-    int r = 0;
-    if (a_.out_dtype == Dtype::Q8) {
-      for (; r + 8 <= b.rows; r += 8) store_gated_q8<8>(b.row + r, results + r * kResult, unit);
-      for (; r < b.rows; r++) store_gated_q8<1>(b.row + r, results + r * kResult, unit);
+    float* out = (float*)row + column;
+    if (width == kPanel) {
+      store_f(out, a);
+      store_f(out + kTile, b);
       return;
     }
-    for (; r < b.rows; r++) {
-      uint8_t* out = s_.at(a_.out, (size_t)(b.row + r));
-      if (pair) {
-        store_pair(a_.out_dtype, out, 2 * unit, gated(results + r * kResult), gated(results + r * kResult + 32));
-      } else if (a_.out_dtype == Dtype::BF16) {
-        store_bf16(out + 64 * (size_t)unit, gated(results + r * kResult));
-      } else {
-        store_f(out + 128 * (size_t)unit, gated(results + r * kResult));
-      }
+    float both[kPanel];
+    store_f(both, a);
+    store_f(both + kTile, b);
+    std::memcpy(out, both, 4 * (size_t)width);
+  }
+
+  void store_gated(uint8_t* row, int unit, bool pair, F32 low, F32 high) const {
+    if (a_.out_dtype == Dtype::Q8) {
+      const Q8Place at = q8_place(row, a_.w.n / 2, unit);
+      store_q8<1>(&low, &high, &at);
+    } else if (pair) {
+      store_pair(a_.out_dtype, row, 2 * unit, low, high);
+    } else if (a_.out_dtype == Dtype::BF16) {
+      store_bf16(row + 64 * (size_t)unit, low);
+    } else {
+      store_f(row + 128 * (size_t)unit, low);
     }
   }
-  template <int N>
-  void store_gated_q8(int row, const float* results, int unit) const {
-    F32 low[N], high[N];
-    Q8Place at[N];
-    for (int i = 0; i < N; i++) {
-      low[i] = gated(results + i * kResult);
-      high[i] = gated(results + i * kResult + 32);
-      at[i] = q8_place(s_.at(a_.out, (size_t)(row + i)), a_.w.n / 2, unit);
-    }
-    store_q8<N>(low, high, at);
-  }
-  static F32 gated(const float* at) { return mul(silu(load_f(at)), load_f(at + 16)); }
 
   const LinearArgs& a_;
   const Step& s_;
+  const Worker& w_;
   CacheAhead& cache_;
-  const int groups_, unit_begin_, unit_end_;
-  uint8_t* rest_;  // of the scratch memory
-  uint8_t *unpacked_, *rows_at_;
-  float* results_;  // [blocks][16 rows][columns of a unit]
-  TileBlock* block_;
-  int blocks_ = 0, pending_ = 0, configured_ = 0;
-  bool cold_ = true;
+  const int groups_, tiles_, unit_begin_, unit_end_, block_rows_;
+  bool ring_;
+  int capacity_, pending_ = 0;
+  int* numbers_;  // of the rows pending
+  uint8_t *unpacked_, *x_;
 };
 
-// Runs this thread's part; false, having done nothing, where a layer is better off without tiles.
 template <Format kFormat>
-bool tile_linear(const LinearArgs& a, const Step& s, Worker& w, CacheAhead& cache, int units) {
-  using Linear = TileLinear<kFormat>;
+void tile_linear(const LinearArgs& a, const Step& s, Worker& w, CacheAhead& cache, int units) {
   const int rows = s.rows(a.rows), threads = w.team.size();
-  if (rows < kTileLeastRows || Linear::scratch_bytes(a, std::min(rows, Linear::rows_at_once(a))) > kScratchBytes)
-    return false;
   if (w.team.has_blocks(rows)) {
-    Linear linear(a, s, w, cache, 0, units);
+    int own = 0;
+    w.team.own(w.thread, rows, [&](int begin, int end) { own += end - begin; });
+    TileLinear<kFormat> linear(a, s, w, cache, own, 0, units);
     w.team.own(w.thread, rows, [&](int begin, int end) { linear.add_rows(begin, end); });
     linear.flush();
-  } else {
-    const int begin = (int)((long)units * w.thread / threads), end = (int)((long)units * (w.thread + 1) / threads);
-    Linear linear(a, s, w, cache, begin, end);
-    linear.add_rows(0, rows);
-    linear.flush();
+    return;
   }
-  tile_release();
-  return true;
+  const int begin = (int)((long)units * w.thread / threads), end = (int)((long)units * (w.thread + 1) / threads);
+  TileLinear<kFormat> linear(a, s, w, cache, rows, begin, end);
+  linear.add_rows(0, rows);
+  linear.flush();
 }
 
 }  // namespace ridgeline::RL_ISA

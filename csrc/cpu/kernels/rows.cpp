@@ -31,6 +31,14 @@ float weight_at(const PackedMatrix& w, const uint8_t* panel, int column, int k) 
       std::memcpy(&x, &bits, 4);
       return x;
     }
+    case Format::T8: {
+      const uint8_t* tiles = panel + (size_t)(k / kGroup) * tile_record(w.format);
+      const int tile = column / kTile;
+      const int code = tiles[tile * tile_codes(w.format) + in_group / 4 * 64 + column % kTile * 4 + in_group % 4];
+      float factor;  // of the sums; exact powers of two throughout
+      std::memcpy(&factor, panel + column_scales_at(w.format, w.k / kGroup) + 4 * column, 4);
+      return half_at(tiles + 2 * tile_codes(w.format), column) * (float)(code - 128) * std::ldexp(factor, kTileShift);
+    }
     case Format::Q8_0: {
       int code = record[in_group / 4 * 128 + 4 * column + in_group % 4];
       return half_at(scales, column) * (float)(code - 128);

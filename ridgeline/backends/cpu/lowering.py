@@ -12,6 +12,7 @@ from ridgeline.core.errors import ModelFileError, UnsupportedError
 from ridgeline.core.types import Float32
 from ridgeline.graph.ir import Sym, Value, bound
 from ridgeline.graph.plan import Plan, PlanOp, final_norm
+from ridgeline.graph.target import Target, cpu_target
 
 Place = tuple[int, int]
 
@@ -21,27 +22,54 @@ def damaged(names: Sequence[str]) -> ModelFileError:
     return ModelFileError(f"{', '.join(names)}: the weights hold NaN or infinity; the file is damaged: get it again")
 
 
-def packed_weight_bytes(plan: Plan) -> int:
-    """Bytes of all matrices of a plan once packed. Raises UnsupportedError for a shape without a layout."""
-    total = 0
+def best_isa() -> str:
+    """The instruction set that is used where none is asked for."""
+    return _native.available_isas()[0]
+
+
+def plan_target(kv_dtype: str, isa: str | None) -> Target:
+    """What plans for ``isa`` (None: the best here) are compiled for."""
+    return cpu_target(kv_dtype, tiles=(isa or best_isa()) == "amx")
+
+
+def packings(plan: Plan, isa: str) -> list[tuple[Value, bool]]:
+    """The matrices of a plan, each with whether an embedding looks its rows up. One that is looked up and multiplied is
+    packed twice where no layout serves both: the tiles of four-bit weights hold their minima rounded."""
+    ops = [op for segment in plan.segments for op in segment.ops]
+    gathered, multiplied = ({op.inputs[1] for op in ops if op.op == name} for name in ("embed", "linear"))
+    result = []
     for value in plan.weights.values():
         if len(value.shape) != 2:
             continue
+        layouts = {_native.is_tiled(value.info.format.name, isa, role) for role in (True, False)}
+        twice = value in gathered and value in multiplied and len(layouts) == 2
+        result += [(value, True), (value, False)] if twice else [(value, value in gathered)]
+    return result
+
+
+def packed_weight_bytes(plan: Plan, isa: str) -> int:
+    """Bytes of all matrices of a plan once packed for ``isa``. Raises UnsupportedError for a shape without a layout."""
+    total = 0
+    for value, gathered in packings(plan, isa):
+        n, k = bound(value.shape[0]), bound(value.shape[1])
         try:
-            total += _native.packed_bytes(value.info.format.name, bound(value.shape[0]), bound(value.shape[1]))
+            total += _native.packed_bytes(value.info.format.name, n, k, isa, gathered)
         except ValueError as error:
             raise UnsupportedError(f"weight {value.name}: {error}") from None
     return total
 
 
 class Lowering:
-    """Adds every operator of ``plan`` to ``native``, in order. One method per operator, by its name."""
+    """Adds every operator of ``plan`` to ``native``, in order. One method per operator, by its name.
+
+    ``matrices`` are by name and by whether they are looked up in (True) or multiplied (False).
+    """
 
     def __init__(
         self,
         plan: Plan,
         native: _native.Executor,
-        matrices: Mapping[str, _native.PackedMatrix],
+        matrices: Mapping[tuple[str, bool], _native.PackedMatrix],
         weights: Mapping[str, Any],
     ) -> None:
         self._plan, self._native, self._matrices, self._weights = plan, native, matrices, weights
@@ -76,7 +104,7 @@ class Lowering:
         return vector
 
     def _lower_embed(self, op: PlanOp, name: str) -> None:
-        self._native.add_embed(f"embed {name}", self._place(op.outputs[0]), self._matrices[op.inputs[1].name])
+        self._native.add_embed(f"embed {name}", self._place(op.outputs[0]), self._matrices[op.inputs[1].name, True])
 
     def _lower_rms_norm(self, op: PlanOp, name: str) -> None:
         x, weight = op.inputs
@@ -124,7 +152,9 @@ class Lowering:
         x, weight = op.inputs
         out = op.outputs[0]
         gated = op.attrs["epilogue"] == "silu_mul"
-        matrix = self._matrices[weight.name]
+        matrix = self._matrices[weight.name, False]
+        if matrix.is_tiled and x.dtype != "bf16":
+            raise UnsupportedError(f"{weight.name} is packed for tiles, the plan for another instruction set")
         self._native.add_linear(
             f"linear {weight.name}",
             self._place(x),

@@ -25,10 +25,15 @@ class HasValues(Protocol):
         """Float32, rows in the graph's order: [N, K] or [N]."""
         ...
 
+    def bf16_terms(self) -> Array:
+        """The same of a quantized matrix, with the roundings of a bf16 product."""
+        ...
 
-def weight_array(info: WeightInfo, weights: Mapping[str, HasValues], dtype: Any) -> Array:
-    """The dequantized weight of a graph: its parts concatenated along N, or interleaved."""
-    parts = [weights[name].values().astype(dtype) for name in info.parts]
+
+def weight_array(info: WeightInfo, weights: Mapping[str, HasValues], dtype: Any, terms: bool = False) -> Array:
+    """The dequantized weight of a graph: its parts concatenated along N, or interleaved; ``terms``: rounded as a bf16
+    product rounds quantized weights."""
+    parts = [(weights[n].bf16_terms() if terms else weights[n].values()).astype(dtype) for n in info.parts]
     if info.interleave:
         blocks = [p.reshape(-1, 1, info.interleave, p.shape[-1]) for p in parts]
         return np.concatenate(blocks, axis=1).reshape(-1, parts[0].shape[-1])
@@ -80,9 +85,11 @@ class ReferenceExecutor:
         self._weights: dict[Value, Array] = {
             v: weight_array(v.info, weights, dtype) for v in self.graph.weights.values()
         }
-        if isinstance(plan, Plan) and plan.target.hidden != "f32":  # a matrix multiplies as what it multiplies
+        self._narrow = isinstance(plan, Plan) and plan.target.hidden != "f32"
+        if isinstance(plan, Plan) and self._narrow:  # a matrix multiplies as what it multiplies
             for value in (v for v in self._weights if len(v.shape) == 2):
                 self._weights[value] = rounded(self._weights[value], plan.target.hidden)
+        self._multiplied = {w: weight_array(w.info, weights, dtype, terms=True) for w in self._rounded_to_multiply()}
         self._caches = {v: self._empty_cache(v, num_blocks) for v in self.graph.inputs.values() if v.cache}
         self._tables: list[Int32] = [np.zeros((num_slots, max_blocks_per_slot), np.int32) for _ in num_blocks]
         self._last_token = np.zeros(num_slots, np.int32)
@@ -92,6 +99,11 @@ class ReferenceExecutor:
         self._launched = 0
         self._dead_after = _dead_after(self.graph)
         self.last_logits: Array = np.empty((0, 0), np.float32)
+
+    def _rounded_to_multiply(self) -> set[Value]:
+        """Quantized matrices that multiply bf16 activations among float32 ones, as tiles do. Float64 rounds nothing."""
+        linears = (node.inputs for node in self.graph.nodes if node.op == "linear" and self._dtype == np.float32)
+        return {w for x, w in linears if x.dtype == "bf16" and w.info.format.kind == "int" and not self._narrow}
 
     def _empty_cache(self, value: Value, num_blocks: list[int]) -> PagedCache:
         info = value.cache
@@ -200,7 +212,8 @@ class ReferenceExecutor:
         live: dict[Value, Any] = {v: arrays[name] for name, v in self.graph.inputs.items() if not v.cache}
         live.update(self._caches)
         for step, node in enumerate(self.graph.nodes):
-            inputs = [self._weights[v] if v.dtype == "weight" else live[v] for v in node.inputs]
+            weights = self._weights if node.op != "linear" else self._weights | self._multiplied
+            inputs = [weights[v] if v.dtype == "weight" else live[v] for v in node.inputs]
             outputs = run_op(node.op, inputs, node.attrs, self._dtype, context)
             if pools and node is self._final_norm:
                 hidden = run_op(node.op, inputs, {**node.attrs, "quantize": None}, self._dtype, context)[-1]
