@@ -38,7 +38,7 @@ def sampling(count: int, **values: Any) -> np.ndarray:
 
 def test_rows_are_the_plans_operators_then_the_runtimes_parts() -> None:
     runs, _ = made()
-    plan, _ = model_of("q4_1")
+    plan, _ = model_of("q4_1", "generic")
     names = [row[0] for row in runs.native.profile()[2]]
     assert names == []  # nothing was counted yet
     runs.native.set_profiling(True)

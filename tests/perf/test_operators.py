@@ -124,7 +124,7 @@ def test_a_table_without_a_plot() -> None:
 
 
 def test_costs_by_label_are_the_plans() -> None:
-    plan, _ = model_of("q4_1")
+    plan, _ = model_of("q4_1", "generic")
     loads = [Load.of([(0, 8)]), Load.of([(8, 8)])]
     costs = operator_costs(plan, loads, PEAKS)
     total = sum(cost.streamed_bytes for cost, _, _ in costs.values())

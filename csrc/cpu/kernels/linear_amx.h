@@ -14,7 +14,8 @@
 namespace ridgeline::RL_ISA {
 
 inline constexpr size_t kRowsBytes = 1 << 20;   // of activations prepared at a time, half the second-level cache
-inline constexpr size_t kSpareBytes = 16 << 10;  // of scratch, for the row numbers and rounding up
+inline constexpr size_t kSpareBytes = 72 << 10;  // of scratch, for what is kept of each row and rounding up
+inline constexpr int kMostRows = 1024;
 
 // One thread's part of a linear layer: its rows by units [unit_begin, unit_end).
 template <Format kFormat>
@@ -28,11 +29,12 @@ class TileLinear {
     const size_t whole = is_tiled(kFormat) ? (size_t)groups_ * kGroupTiles : 0, few = kRing * kGroupTiles;
     ring_ = rows <= 2 * kTileRows || whole + 4 * kTileRows * row > budget;
     capacity_ = ring_ ? ((few + 2 * kTileRows * row <= budget ? 2 : 1) * kTileRows)
-                      : (int)(std::min(kRowsBytes, budget - whole) / row) / (2 * kTileRows) * (2 * kTileRows);
-    capacity_ = std::clamp(capacity_, kTileRows, 1024);
+                      : std::clamp((int)(std::min(kRowsBytes, budget - whole) / row) / (2 * kTileRows) * (2 * kTileRows),
+                                   4 * kTileRows, kMostRows);
     uint8_t* at = w.scratch;
     auto take = [&](size_t bytes) { return std::exchange(at, at + round_up(bytes, 64)); };
-    numbers_ = (int*)take(4 * (size_t)capacity_);
+    numbers_ = (int*)take(sizeof(int) * kMostRows);
+    low_ = (float(*)[kTile])take(sizeof(float) * kTile * (size_t)capacity_);
     unpacked_ = take(ring_ ? few : whole);
     x_ = take(0);
   }
@@ -105,7 +107,6 @@ RL_UNROLL
     const uint8_t* panel = a_.w.data + (size_t)unit * panels() * a_.w.panel_bytes;
     const bool pair = panels() == 2 && (unit + 1) * 2 * kPanel <= a_.w.n;
     alignas(64) float sums[2][4][256];  // of the unit's panels
-    alignas(64) static thread_local float low[1024][kTile];
     const size_t panel_bytes = a_.w.panel_bytes;
     for (int p = 0; p < (pair ? 2 : 1); p++, panel += panel_bytes) {
       const uint8_t* next = soon(unit * panels() + p);
@@ -128,9 +129,9 @@ RL_UNROLL
           if (panels() == 1) {
             store_plain(out, unit, a, b);
           } else if (pair && p == 0) {
-            store_f(low[row + i], mul(silu(a), b));
+            store_f(low_[row + i], mul(silu(a), b));
           } else {
-            store_gated(out, unit, pair, pair ? load_f(low[row + i]) : mul(silu(a), b), mul(silu(a), b));
+            store_gated(out, unit, pair, pair ? load_f(low_[row + i]) : mul(silu(a), b), mul(silu(a), b));
           }
         }
       }
@@ -188,7 +189,8 @@ RL_UNROLL
   const int groups_, tiles_, unit_begin_, unit_end_, block_rows_;
   bool ring_;
   int capacity_, pending_ = 0;
-  int* numbers_;  // of the rows pending
+  int* numbers_;         // of the rows pending
+  float (*low_)[kTile];  // their results of a gated unit's first panel
   uint8_t *unpacked_, *x_;
 };
 

@@ -35,9 +35,7 @@ float weight_at(const PackedMatrix& w, const uint8_t* panel, int column, int k) 
       const uint8_t* tiles = panel + (size_t)(k / kGroup) * tile_record(w.format);
       const int tile = column / kTile;
       const int code = tiles[tile * tile_codes(w.format) + in_group / 4 * 64 + column % kTile * 4 + in_group % 4];
-      float factor;  // of the sums; exact powers of two throughout
-      std::memcpy(&factor, panel + column_scales_at(w.format, w.k / kGroup) + 4 * column, 4);
-      return half_at(tiles + 2 * tile_codes(w.format), column) * (float)(code - 128) * std::ldexp(factor, kTileShift);
+      return half_at(tiles + 2 * tile_codes(w.format), column) * (float)(code - 128);  // times row_factor
     }
     case Format::Q8_0: {
       int code = record[in_group / 4 * 128 + 4 * column + in_group % 4];
@@ -52,6 +50,14 @@ float weight_at(const PackedMatrix& w, const uint8_t* panel, int column, int k) 
   }
 }
 
+// What a row's numbers are multiplied by, exactly: a power of two for tiles.
+float row_factor(const PackedMatrix& w, const uint8_t* panel, int column) {
+  if (!is_tiled(w.format)) return 1;
+  float scale;
+  std::memcpy(&scale, panel + column_scales_at(w.format, w.k / kGroup) + 4 * column, 4);
+  return std::ldexp(scale, kTileShift);
+}
+
 }  // namespace
 
 void embed(const EmbedArgs& a, const Step& s, Worker& w) {
@@ -64,7 +70,8 @@ void embed(const EmbedArgs& a, const Step& s, Worker& w) {
       const bool wide = a.table.format == Format::F32 || a.table.format == Format::BF16;
       const size_t step = wide ? 128 : 64;
       for (size_t i = 0; i < a.table.panel_bytes; i += step) prefetch(panel + i + (wide ? id % kPanel * 4 : 0));
-      for (int k = 0; k < a.table.k; k++) out[k] = weight_at(a.table, panel, id % kPanel, k);
+      const float factor = row_factor(a.table, panel, id % kPanel);
+      for (int k = 0; k < a.table.k; k++) out[k] = weight_at(a.table, panel, id % kPanel, k) * factor;
     }
   });
 }
