@@ -12,11 +12,6 @@ namespace ridgeline::RL_ISA {
 inline constexpr int kStreamRows = 16;  // up to here reading the weights matters beside the arithmetic
 inline constexpr size_t kFetchAhead = 16384;  // bytes further on that weights are fetched
 
-// Lines of the cache fetched with each group of K of a product: on tiles, where a group takes as long for 32 rows as a
-// group of eight elsewhere, there is one product instead of four.
-inline constexpr int kLinesPerTileGroup = 4;
-inline constexpr int lines_per_group(Format f) { return is_tiled(f) ? kLinesPerTileGroup : kLinesPerGroup; }
-
 // Hands out, piece by piece, the cache that this thread's next attention tasks read. Enough rows keep a product busy
 // with arithmetic while memory is idle; attention, the other way round, waits for memory.
 class CacheAhead {
@@ -28,7 +23,7 @@ class CacheAhead {
     const bool spare = s.one_each && s.requests > kStreamRows && a.next_layer >= 0 && is_quantized(a.w.format);
     begin_ = spare ? s.read_starts[first] : 0;
     blocks_ = spare ? s.read_starts[last] - begin_ : 0;
-    span_ = std::max(1, (int)((size_t)(a.w.k / kGroup) * lines_per_group(a.w.format) * 64 / (s.cache.run_bytes / kCluster)));
+    span_ = std::max(1, (int)((size_t)(a.w.k / kGroup) * kLinesPerGroup * 64 / (s.cache.run_bytes / kCluster)));
     if (blocks_ && w.fetch_layer != a.next_layer) w.fetch_layer = a.next_layer, w.fetched = 0;
   }
 

@@ -39,8 +39,8 @@ inline TileConfig gemm_config(int rows) {
 
 inline constexpr int kAndOr = 0xea, kOrAnd = 0xf8;  // (a & b) | c, a | (b & c)
 
-inline __attribute__((always_inline)) I32 half_to_bf16(__m512h positive) {
-  return _mm512_mulhrs_epi16((__m512i)positive, _mm512_set1_epi16(1 << 12));
+inline __attribute__((always_inline)) I32 half_to_bf16(__m512h x) {
+  return _mm512_mulhrs_epi16((__m512i)x, _mm512_set1_epi16(1 << 12));
 }
 
 // One group of one column tile: 16 rows of 16 columns by a pair of K, ready to be loaded.
@@ -68,9 +68,9 @@ RL_UNROLL
       put(2, v, low, d, less);
       put(3, v, high, d16, less16);
     }
-  } else {  // signed: the sign is carried round the change of format
-    const __m512i byte = _mm512_set1_epi16(0xff), magnitude = _mm512_set1_epi16(0x7fff);
-    const __m512i sign = _mm512_set1_epi16((short)0x8000);
+  } else {
+    const __m512i byte = _mm512_set1_epi16(0xff);
+    const __m512i in_place = _mm512_set1_epi16((short)0x8fff);  // moving right has spread a sign over four bits
     const __m512h zero = _mm512_set1_ph((_Float16)1152.0f);  // 1024 and the codes' bias
 RL_UNROLL
     for (int j = 0; j < 8; j++) {
@@ -79,9 +79,8 @@ RL_UNROLL
       for (int i = 0; i < 2; i++) {
         const __m512i code = i == 0 ? _mm512_ternarylogic_epi32(w, byte, thousand, kAndOr)
                                     : _mm512_or_si512(_mm512_srli_epi16(w, 8), thousand);
-        const __m512i h = (__m512i)_mm512_mul_ph(_mm512_sub_ph((__m512h)code, zero), d);
-        const __m512i x = half_to_bf16((__m512h)_mm512_and_si512(h, magnitude));
-        store_i(out + 64 * (2 * j + i), _mm512_ternarylogic_epi32(x, h, sign, kOrAnd));
+        const __m512h h = _mm512_mul_ph(_mm512_sub_ph((__m512h)code, zero), d);
+        store_i(out + 64 * (2 * j + i), _mm512_and_si512(half_to_bf16(h), in_place));
       }
     }
   }

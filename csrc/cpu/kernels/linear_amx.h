@@ -152,7 +152,7 @@ RL_UNROLL
   }
   Fetch ahead() {
     const uint8_t* at = cache_.take();
-    return at ? Fetch{at, lines_per_group(kFormat)} : Fetch{};
+    return at ? Fetch{at, kLinesPerGroup} : Fetch{};
   }
 
   void store_plain(uint8_t* row, int unit, F32 a, F32 b) const {
