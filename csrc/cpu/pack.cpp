@@ -160,7 +160,7 @@ PackedMatrix packed_layout(Format format, int n, int k) {
   m.format = format;
   m.n = n;
   m.k = k;
-  if (is_tiled(format) && k > kMaxTiledK) throw std::invalid_argument("a quantized row of more than 57,344 is too long");
+  if (is_tiled(format) && k > kMaxTiledK) throw std::invalid_argument("a quantized row of more than 53,248 is too long");
   m.panel_bytes = is_tiled(format)       ? column_scales_at(format, k / kGroup) + 4 * kPanel
                   : is_quantized(format) ? (size_t)k / kGroup * record_bytes(format) : file_row_bytes(format, k) * kPanel;
   m.panel_bytes = round_up(m.panel_bytes, 64);

@@ -24,7 +24,9 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Any:
     runs = executor("q4_1", "generic", 2)
     limits = EngineLimits(4, 64, 512, 80, 16, [SLOTS * BLOCKS])
     config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=64)
-    return SimpleNamespace(engine=Engine(runs, limits), executor=runs, plan=model_of("q4_1", "generic")[0], config=config)
+    return SimpleNamespace(
+        engine=Engine(runs, limits), executor=runs, plan=model_of("q4_1", "generic")[0], config=config
+    )
 
 
 def test_tables_of_a_prompt_and_of_decode_steps(runtime: Any) -> None:

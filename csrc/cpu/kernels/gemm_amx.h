@@ -20,6 +20,7 @@ namespace ridgeline::RL_ISA {
 inline constexpr int kTileRows = 16;
 inline constexpr int kTileRow = 64;  // bytes: 32 of K
 inline constexpr int kRing = 4;      // groups of a panel that are kept unpacked when no further rows want them
+inline constexpr int kPartGroups = 9;  // that are kept for further rows: they and what 32 rows read fit the first level
 inline constexpr size_t kGroupTiles = 2 * kTileBytes;  // a group of a panel unpacked: tiles a and b
 
 // Tiles 0 to 3 sum (rows 0 to 15 by columns a and b, then rows 16 to 31), 4 and 5 hold activations, 6 and 7 weights.
@@ -97,13 +98,13 @@ struct TileProduct {
   const uint8_t* x;        // [blocks of 16 rows][tiles of K][rows][64 bytes], then the sums of groups if there are minima
   size_t x_tile, x_block;  // bytes of a tile and of a block's tiles
   const uint8_t* panel;
-  uint8_t* unpacked;       // room for the whole panel, or for kRing groups; not used for bf16
-  bool ring;
-  int groups;
+  uint8_t* unpacked;       // room for kPartGroups groups; not used for bf16
+  bool ring;               // of kRing groups, for a product of all groups; else [begin, end) are a part
+  int groups, begin, end;
   const uint8_t* next;     // as many bytes as a panel has are fetched from here: weights that are wanted soon
   size_t next_bytes;       // of a panel
   Fetch fetch;
-  float (*sums)[256];      // out: four tiles of 16 by 16, as many as there are rows for
+  float (*sums)[256];      // out: four tiles of 16 by 16, as many as there are rows for; a later part adds to them
 };
 
 // The product of the group at `weights`, whose two tiles lie `apart` bytes apart, rows `stride` bytes.
@@ -122,44 +123,55 @@ inline __attribute__((always_inline)) void add_products(const uint8_t* x, size_t
   }
 }
 
+// Zeros and the minima of all groups, or what the parts before have left. A minimum multiplies the sum of its group's
+// activations, which is two bf16: the sum rounded, and what that leaves.
+template <Format kFormat, int kBlocks>
+inline __attribute__((always_inline)) void start_sums(const TileProduct& p) {
+  if (p.begin > 0) {
+    tile_load<0>(p.sums[0], 64), tile_load<1>(p.sums[1], 64);
+    if constexpr (kBlocks == 2) tile_load<2>(p.sums[2], 64), tile_load<3>(p.sums[3], 64);
+    return;
+  }
+  tile_zero<0>(), tile_zero<1>();
+  if constexpr (kBlocks == 2) tile_zero<2>(), tile_zero<3>();
+  const uint8_t *minima = p.panel + minima_at(kFormat, p.groups), *sums = p.x + (size_t)p.groups * p.x_tile;
+  for (int i = 0; i < minima_tiles(kFormat, p.groups); i++, minima += kGroupTiles, sums += 2 * p.x_tile) {
+    add_products<kBlocks>(sums, p.x_block, minima, kTileBytes, 64);
+    add_products<kBlocks>(sums + p.x_tile, p.x_block, minima, kTileBytes, 64);
+  }
+}
+
 // `kUnpack`: the panel's first rows, which unpack it on the way; bf16 needs no unpacking, only fetching.
 template <Format kFormat, int kBlocks, bool kUnpack>
 __attribute__((noinline)) void tile_product(const TileProduct& p) {
   constexpr bool kPacked = is_tiled(kFormat);
   constexpr int kRecord = kPacked ? tile_record(kFormat) : (int)kGroupTiles, kCodes = tile_codes(kFormat);
   constexpr int kLag = kPacked && kUnpack ? 2 : 0;  // groups from storing an unpacked tile to loading it
-  tile_zero<0>(), tile_zero<1>();
-  if constexpr (kBlocks == 2) tile_zero<2>(), tile_zero<3>();
-  const size_t groups = (size_t)p.groups, mask = p.ring ? kRing - 1 : ~(size_t)0;
-  // First the minima, while the first weights are unpacked, times the sums of their groups' activations: each sum is
-  // two bf16, itself rounded and what that leaves.
-  const uint8_t *minima = p.panel + minima_at(kFormat, p.groups), *sums = p.x + groups * p.x_tile;
-  for (int i = 0; i < minima_tiles(kFormat, p.groups); i++, minima += kGroupTiles, sums += 2 * p.x_tile) {
-    add_products<kBlocks>(sums, p.x_block, minima, kTileBytes, 64);
-    add_products<kBlocks>(sums + p.x_tile, p.x_block, minima, kTileBytes, 64);
-  }
+  const size_t groups = (size_t)p.groups, begin = (size_t)p.begin, end = (size_t)p.end;
+  start_sums<kFormat, kBlocks>(p);
   // What lies behind a panel's records is fetched with them.
   const uint8_t *elsewhere = p.fetch.at, *rest = p.next + groups * kRecord;
   const size_t rest_lines = ((p.next_bytes - groups * kRecord) / 64 + groups - 1) / groups;
-  for (size_t g = 0; g < groups + kLag; g++) {
-    if (kUnpack && g < groups) {
+  auto slot = [&](size_t g) { return p.unpacked + (p.ring ? g % kRing : g - begin) * kGroupTiles; };
+  for (size_t g = begin; g < end + kLag; g++) {
+    if (kUnpack && g < end) {
       const uint8_t* record = p.panel + g * kRecord;
 RL_UNROLL
       for (int line = 0; line < kRecord; line += 64) prefetch_far(p.next + g * kRecord + line);
       for (size_t line = 0; line < rest_lines; line++) prefetch_far(rest + (g * rest_lines + line) * 64);
       if constexpr (kPacked) {
-        uint8_t* to = p.unpacked + (g & mask) * kGroupTiles;
+        uint8_t* to = slot(g);
         unpack_group<kFormat>(record, record + 2 * kCodes, to);
         unpack_group<kFormat>(record + kCodes, record + 2 * kCodes + 32, to + kTileBytes);
       }
     }
     for (int line = 0; line < p.fetch.lines; line++, elsewhere += 64) prefetch(elsewhere);
     tile_fence();
-    if (g < kLag) continue;
+    if (g < begin + kLag) continue;
     const size_t h = g - kLag;
     const uint8_t* x = p.x + h * p.x_tile;
     if constexpr (kPacked) {
-      add_products<kBlocks>(x, p.x_block, p.unpacked + (h & mask) * kGroupTiles, kTileBytes, 64);
+      add_products<kBlocks>(x, p.x_block, slot(h), kTileBytes, 64);
     } else {
       add_products<kBlocks>(x, p.x_block, p.panel + h * kRecord, 64, 128);
     }

@@ -14,7 +14,7 @@
 namespace ridgeline::RL_ISA {
 
 inline constexpr size_t kRowsBytes = 1 << 20;   // of activations prepared at a time, half the second-level cache
-inline constexpr size_t kSpareBytes = 72 << 10;  // of scratch, for what is kept of each row and rounding up
+inline constexpr size_t kSpareBytes = 224 << 10;  // of scratch, for what is kept of each row and rounding up
 inline constexpr int kMostRows = 1024;
 
 // One thread's part of a linear layer: its rows by units [unit_begin, unit_end).
@@ -26,16 +26,14 @@ class TileLinear {
       : a_(a), s_(s), w_(w), cache_(cache), groups_(a.w.k / kGroup), tiles_(groups_ + 2 * minima_tiles(kFormat, groups_)),
         unit_begin_(unit_begin), unit_end_(unit_end), block_rows_(std::min(rows, kTileRows)) {
     const size_t budget = kScratchBytes - kSpareBytes, row = (size_t)tiles_ * kTileRow;
-    const size_t whole = is_tiled(kFormat) ? (size_t)groups_ * kGroupTiles : 0, few = kRing * kGroupTiles;
-    ring_ = rows <= 2 * kTileRows || whole + 4 * kTileRows * row > budget;
-    capacity_ = ring_ ? ((few + 2 * kTileRows * row <= budget ? 2 : 1) * kTileRows)
-                      : std::clamp((int)(std::min(kRowsBytes, budget - whole) / row) / (2 * kTileRows) * (2 * kTileRows),
-                                   4 * kTileRows, kMostRows);
+    const int wanted = (int)(kRowsBytes / row) / (2 * kTileRows) * (2 * kTileRows);
+    capacity_ = std::clamp(wanted, budget / row < 2 * kTileRows ? kTileRows : 2 * kTileRows, kMostRows);
     uint8_t* at = w.scratch;
     auto take = [&](size_t bytes) { return std::exchange(at, at + round_up(bytes, 64)); };
     numbers_ = (int*)take(sizeof(int) * kMostRows);
     low_ = (float(*)[kTile])take(sizeof(float) * kTile * (size_t)capacity_);
-    unpacked_ = take(ring_ ? few : whole);
+    sums_ = (float(*)[4][256])take(sizeof(float) * 4 * 256 * (size_t)((capacity_ + 2 * kTileRows - 1) / (2 * kTileRows)));
+    unpacked_ = take(kPartGroups * kGroupTiles);
     x_ = take(0);
   }
 
@@ -49,10 +47,8 @@ class TileLinear {
 
   // Multiplies the rows added.
   void flush() {
-    const int most = std::min(pending_, 2 * kTileRows);
-    const int configured = pending_ <= 2 * kTileRows ? pending_ : most;
     if (!pending_) return;
-    tile_configure(gemm_config(configured));
+    tile_configure(gemm_config(std::min(pending_, 2 * kTileRows)));
     for (int unit = unit_begin_; unit < unit_end_; unit++) multiply(unit);
     if (a_.next_layer < 0) tile_release();  // the step's last linears: until then the next wants them again
     pending_ = 0;
@@ -104,39 +100,48 @@ RL_UNROLL
   }
 
   void multiply(int unit) {
-    const uint8_t* panel = a_.w.data + (size_t)unit * panels() * a_.w.panel_bytes;
+    const int index = unit * panels();
     const bool pair = panels() == 2 && (unit + 1) * 2 * kPanel <= a_.w.n;
-    alignas(64) float sums[2][4][256];  // of the unit's panels
-    const size_t panel_bytes = a_.w.panel_bytes;
-    for (int p = 0; p < (pair ? 2 : 1); p++, panel += panel_bytes) {
-      const uint8_t* next = soon(unit * panels() + p);
+    for (int p = 0; p < (pair ? 2 : 1); p++) {
+      const uint8_t* panel = a_.w.data + (size_t)(index + p) * a_.w.panel_bytes;
+      multiply(panel, soon(index + p));
       const float* scales = (const float*)(panel + column_scales_at(kFormat, groups_));
-      for (int row = 0; row < pending_; row += 2 * kTileRows) {
-        const int count = std::min(2 * kTileRows, pending_ - row);
-        const uint8_t* x = x_ + (size_t)(row / kTileRows) * x_block();
-        TileProduct product{x,       x_tile(), x_block(),   panel,           unpacked_, ring_,
-                            groups_, next,     panel_bytes, ahead(), sums[p]};
-        const bool unpack = row == 0 || ring_;
-        if (count > kTileRows) {
-          unpack ? tile_product<kFormat, 2, true>(product) : tile_product<kFormat, 2, false>(product);
+      for (int row = 0; row < pending_; row++) {
+        const float* first = sums_[row / (2 * kTileRows)][row / kTileRows % 2 * 2] + row % kTileRows * kTile;
+        const F32 a = scaled(first, scales), b = scaled(first + 256, scales + kTile);
+        uint8_t* out = s_.at(a_.out, (size_t)numbers_[row]);
+        if (panels() == 1) {
+          store_plain(out, unit, a, b);
+        } else if (pair && p == 0) {
+          store_f(low_[row], mul(silu(a), b));
         } else {
-          unpack ? tile_product<kFormat, 1, true>(product) : tile_product<kFormat, 1, false>(product);
-        }
-        for (int i = 0; i < count; i++) {
-          const float* first = sums[p][i / kTileRows * 2] + i % kTileRows * kTile;
-          const F32 a = scaled(first, scales), b = scaled(first + 256, scales + kTile);
-          uint8_t* out = s_.at(a_.out, (size_t)numbers_[row + i]);
-          if (panels() == 1) {
-            store_plain(out, unit, a, b);
-          } else if (pair && p == 0) {
-            store_f(low_[row + i], mul(silu(a), b));
-          } else {
-            store_gated(out, unit, pair, pair ? load_f(low_[row + i]) : mul(silu(a), b), mul(silu(a), b));
-          }
+          const F32 y = mul(silu(a), b);
+          store_gated(out, unit, pair, pair ? load_f(low_[row]) : y, y);
         }
       }
     }
   }
+
+  // All rows by one panel, a part of K after another where there are more than 32.
+  void multiply(const uint8_t* panel, const uint8_t* next) {
+    const bool ring = pending_ <= 2 * kTileRows;
+    const int parts = ring ? 1 : (groups_ + kPartGroups - 1) / kPartGroups;
+    for (int part = 0; part < parts; part++) {
+      const int begin = groups_ * part / parts, end = groups_ * (part + 1) / parts;
+      for (int row = 0; row < pending_; row += 2 * kTileRows) {
+        const uint8_t* x = x_ + (size_t)(row / kTileRows) * x_block();
+        const Fetch fetch = part == 0 ? ahead(parts) : Fetch{};
+        const TileProduct product{x,       x_tile(), x_block(), panel, unpacked_,        ring,  groups_,
+                                  begin,   end,      next,      a_.w.panel_bytes, fetch, sums_[row / (2 * kTileRows)]};
+        if (pending_ - row > kTileRows) {
+          row == 0 ? tile_product<kFormat, 2, true>(product) : tile_product<kFormat, 2, false>(product);
+        } else {
+          row == 0 ? tile_product<kFormat, 1, true>(product) : tile_product<kFormat, 1, false>(product);
+        }
+      }
+    }
+  }
+
   // What to fetch while a panel is multiplied: this thread's panel a few further on, or the next layer's first ones.
   const uint8_t* soon(int panel) const {
     const int end = std::min(unit_end_ * panels(), (a_.w.n + kPanel - 1) / kPanel);
@@ -150,9 +155,10 @@ RL_UNROLL
   static F32 scaled(const float* sums, const float* scales) {
     return is_tiled(kFormat) ? mul(load_f(sums), load_f(scales)) : load_f(sums);
   }
-  Fetch ahead() {
+  // Of the cache, in the first of some parts of a product.
+  Fetch ahead(int parts) {
     const uint8_t* at = cache_.take();
-    return at ? Fetch{at, kLinesPerGroup} : Fetch{};
+    return at ? Fetch{at, parts * kLinesPerGroup} : Fetch{};
   }
 
   void store_plain(uint8_t* row, int unit, F32 a, F32 b) const {
@@ -187,10 +193,10 @@ RL_UNROLL
   const Worker& w_;
   CacheAhead& cache_;
   const int groups_, tiles_, unit_begin_, unit_end_, block_rows_;
-  bool ring_;
   int capacity_, pending_ = 0;
   int* numbers_;         // of the rows pending
   float (*low_)[kTile];  // their results of a gated unit's first panel
+  float (*sums_)[4][256];  // of 32 rows each by a panel
   uint8_t *unpacked_, *x_;
 };
 
