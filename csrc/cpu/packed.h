@@ -55,7 +55,7 @@ inline constexpr size_t minima_at(Format f, int groups) { return (size_t)groups 
 inline constexpr size_t column_scales_at(Format f, int groups) {
   return minima_at(f, groups) + (size_t)minima_tiles(f, groups) * 2 * kTileBytes;
 }
-inline constexpr int kMaxTiledK = 53248;   // 16 rows of activations fit a thread's scratch memory
+inline constexpr int kMaxTiledK = 53248;              // 16 rows of activations fit a thread's scratch memory
 inline constexpr int kTileRaise = 96;               // activations come times 2^96,
 inline constexpr int kTileShift = kTileRaise - 112;  // codes and minima times 2^-112
 

@@ -3,7 +3,7 @@
 // One output element is accumulated over groups of K in ascending order, whatever R:
 //   exact integer sum over 32 products, one conversion, one fused multiply-add by scale_w * scale_a;
 // for formats with a minimum a second such chain of minimum * (scale_a * sum a) is added at the end.
-// So a row's result does not depend on the rows computed beside it, nor on who multiplies (gemm_amx.h).
+// So a row's result does not depend on the rows computed beside it.
 #pragma once
 
 #include "isa/isa.h"

@@ -17,13 +17,8 @@ namespace ridgeline::RL_ISA {
 namespace {
 
 constexpr int kMaxRows = 8;  // rows of one register block
-// Six rows by a panel keep all accumulators in registers; for few rows, eight read the weights fewer times. Processors
-// with AMX are faster with eight throughout, spills and all.
-#if defined(RL_ISA_AMX)
-constexpr int kManyRows = 8;
-#else
+// Six rows by a panel keep all accumulators in registers; for few rows, eight read the weights fewer times.
 constexpr int kManyRows = 6;
-#endif
 
 // Starts to bring a panel into the cache. With 8-bit records a core asks for this many lines ahead of eight rows
 // of arithmetic only when told so beforehand (docs/perf-log.md).
