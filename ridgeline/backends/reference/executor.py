@@ -89,7 +89,8 @@ class ReferenceExecutor:
         if isinstance(plan, Plan) and self._narrow:  # a matrix multiplies as what it multiplies
             for value in (v for v in self._weights if len(v.shape) == 2):
                 self._weights[value] = rounded(self._weights[value], plan.target.hidden)
-        self._multiplied = {w: weight_array(w.info, weights, dtype, terms=True) for w in self._rounded_to_multiply()}
+        terms = {w: weight_array(w.info, weights, dtype, terms=True) for w in self._rounded_to_multiply()}
+        self._multiplied = self._weights | terms  # what linears read
         self._caches = {v: self._empty_cache(v, num_blocks) for v in self.graph.inputs.values() if v.cache}
         self._tables: list[Int32] = [np.zeros((num_slots, max_blocks_per_slot), np.int32) for _ in num_blocks]
         self._last_token = np.zeros(num_slots, np.int32)
@@ -212,8 +213,8 @@ class ReferenceExecutor:
         live: dict[Value, Any] = {v: arrays[name] for name, v in self.graph.inputs.items() if not v.cache}
         live.update(self._caches)
         for step, node in enumerate(self.graph.nodes):
-            weights = self._weights if node.op != "linear" else self._weights | self._multiplied
-            inputs = [weights[v] if v.dtype == "weight" else live[v] for v in node.inputs]
+            matrices = self._multiplied if node.op == "linear" else self._weights
+            inputs = [matrices[v] if v.dtype == "weight" else live[v] for v in node.inputs]
             outputs = run_op(node.op, inputs, node.attrs, self._dtype, context)
             if pools and node is self._final_norm:
                 hidden = run_op(node.op, inputs, {**node.attrs, "quantize": None}, self._dtype, context)[-1]
