@@ -1,6 +1,6 @@
 """How much quality the engine's arithmetic costs, beside llama.cpp on the same file and text.
 
-    python bench/quality.py [--tokens 20000] [--kv-dtype auto|bf16|f16|f32]
+    python bench/quality.py [--tokens 20000] [--kv-dtype auto|bf16|f16|f32|int8]
 
 Over windows of 512 tokens spread over CPython's ``pydoc_data.topics``, the next-token distribution of
 every position is compared with that of transformers in float32 on the dequantized weights: mean
@@ -267,7 +267,7 @@ def main() -> int:
     """Run; 0 when our bars hold (or we are not in the run)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--kv-dtype", default="auto", choices=["auto", "bf16", "f16", "f32"], help="ours")
+    parser.add_argument("--kv-dtype", default="auto", choices=["auto", "bf16", "f16", "f32", "int8"], help="ours")
     parser.add_argument("--model", type=Path, default=None, help="a GGUF of the llama architecture (default: smollm2)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-ridgeline", action="store_true", help="llama.cpp alone")

@@ -44,10 +44,15 @@ inline __attribute__((always_inline)) void tile_store(Sums (&rows)[256]) {
   static_assert(sizeof rows == 1024);
   asm volatile("tilestored %%tmm%c2, (%1,%3,1)" : "=m"(rows) : "r"(rows), "i"(T), "r"((size_t)64));
 }
-// C[m][n] += sum over k of A[m][k] * B[k][n]: int8 by int8, exactly; k in quads along B's rows.
+// C[m][n] += sum over k of A[m][k] * B[k][n]: signed by unsigned bytes, exactly; k in quads along B's rows.
 template <int C, int A, int B>
-inline __attribute__((always_inline)) void tile_dot_s8() {
-  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+inline __attribute__((always_inline)) void tile_dot_s8u8() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+// The same, unsigned by signed.
+template <int C, int A, int B>
+inline __attribute__((always_inline)) void tile_dot_u8s8() {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 // The same for bf16 into fp32, k in pairs. Every element's sum is in one fixed order, whatever the rows beside it.
 template <int C, int A, int B>

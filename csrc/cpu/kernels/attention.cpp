@@ -12,6 +12,7 @@
 #include "kernels/table.h"
 #if defined(RL_ISA_AMX)
 #include "kernels/attention_amx.h"
+#include "kernels/attention_int8_amx.h"
 #endif
 
 namespace ridgeline::RL_ISA {
@@ -31,6 +32,7 @@ struct Scratch {
   alignas(64) uint8_t queries[kMaxTileRows * kMaxHeadDim * 4];  // of a task that rotates its own, or uses tiles
 #if defined(RL_ISA_AMX)
   TileScratch tiles;
+  Int8TileScratch int8_tiles;
   int configured;  // rows that the tile registers are shaped for, 0: none
 #endif
 };
@@ -255,6 +257,11 @@ struct Task {
   int token(int row) const { return t.token_begin + row / group; }
   int head(int row) const { return kv_head * group + row % group; }
 
+  const uint8_t* query(int row) const {
+    const size_t at_head = (size_t)(s.one_each ? row : head(row)) * a.rope.head_dim * query_bytes(s.cache.dtype);
+    return (s.one_each ? x.queries : s.at(a.rope.q, token(row))) + at_head;
+  }
+
   void store(int row, float l, const float* o) const {
     const int dim = a.rope.head_dim, width = a.rope.heads * dim, first = head(row) * dim;
     alignas(64) float result[kMaxHeadDim];
@@ -285,11 +292,11 @@ struct Task {
       }
     }
     if (on_tiles()) return run_tiles(chunk, keys, next);
+    if (on_int8_tiles()) return run_int8_tiles(chunk, keys);
     const Partial* partials = s.cache.dtype == Dtype::BF16  ? kPartials<Dtype::BF16>
                               : s.cache.dtype == Dtype::F16 ? kPartials<Dtype::F16>
                               : s.cache.dtype == Dtype::Q8  ? kPartials<Dtype::Q8>
                                                             : kPartials<Dtype::F32>;
-    const size_t element = query_bytes(s.cache.dtype);
     for (int row = 0; row < rows(); row += kRows) {
       int count = 0, at[kRows], limits[kRows];
       const uint8_t* q[kRows];
@@ -298,8 +305,7 @@ struct Task {
         if (limit <= 0) continue;
         at[count] = r;
         limits[count] = limit;
-        const size_t at_head = (size_t)(s.one_each ? r : head(r)) * dim * element;
-        q[count++] = (s.one_each ? x.queries : s.at(a.rope.q, token(r))) + at_head;
+        q[count++] = query(r);
       }
       if (count == 0) continue;
       partials[count](q, keys, limits, dim, a.scale * 1.44269504f, s.cache.run_bytes, next, x);
@@ -325,6 +331,32 @@ struct Task {
     }
   }
 
+  // Fewer rows wait for memory, and then registers do as well.
+  bool on_int8_tiles() const {
+    return s.cache.dtype == Dtype::Q8 && a.rope.head_dim % 64 == 0 && rows() > kAheadRows;
+  }
+
+  void run_int8_tiles(int chunk, const uint8_t* const* keys) const {
+    Int8TileScratch& tiles = x.int8_tiles;
+    const int seen = std::min(kChunk, s.positions[t.token_end - 1] + 1 - chunk * kChunk);
+    int copies = (seen + kBlock - 1) / kBlock;
+    for (int row = 0; row < rows(); row += kInt8TileRows) {
+      int limits[kInt8TileRows], first = row;
+      const uint8_t* q[kInt8TileRows];
+      const int end = std::min(row + kInt8TileRows, rows());
+      while (first < end && s.positions[token(first)] < chunk * kChunk) first++;
+      for (int r = first; r < end; r++) {
+        limits[r - first] = std::min(kChunk, s.positions[token(r)] + 1 - chunk * kChunk);
+        q[r - first] = query(r);
+      }
+      if (first == end) continue;
+      int8_tile_chunk(q, end - first, keys, limits, a.rope.head_dim, a.scale * 1.44269504f, s.cache.run_bytes, copies,
+                      tiles, x.configured);
+      copies = 0;
+      for (int r = first, i = 0; r < end; r++, i++) absorb(r, chunk, tiles.m[i], tiles.l[i], tiles.outputs[i]);
+    }
+  }
+
   // The rows' queries one after another, as a tile takes them.
   void gather_queries() const {
     const size_t bytes = 2 * (size_t)a.rope.head_dim;
@@ -333,6 +365,8 @@ struct Task {
   }
 #else
   static bool on_tiles() { return false; }
+  static bool on_int8_tiles() { return false; }
+  void run_int8_tiles(int, const uint8_t* const*) const {}
   void run_tiles(int, const uint8_t* const*, const uint8_t* const*) const {}
   void gather_queries() const {}
 #endif

@@ -68,7 +68,7 @@ double spin_tiles(int kind, long iterations) {
   tile_configure(config);
   for (long k = 0; k < iterations; k++) {
     if (kind == 0) {
-      tile_dot_s8<0, 4, 6>(), tile_dot_s8<1, 4, 7>(), tile_dot_s8<2, 5, 6>(), tile_dot_s8<3, 5, 7>();
+      tile_dot_u8s8<0, 4, 6>(), tile_dot_u8s8<1, 4, 7>(), tile_dot_u8s8<2, 5, 6>(), tile_dot_u8s8<3, 5, 7>();
     } else {
       tile_dot_bf16<0, 4, 6>(), tile_dot_bf16<1, 4, 7>(), tile_dot_bf16<2, 5, 6>(), tile_dot_bf16<3, 5, 7>();
     }
