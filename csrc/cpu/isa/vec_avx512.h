@@ -50,6 +50,8 @@ inline void store_bf16(void* p, F32 x) { _mm256_storeu_si256((__m256i*)p, (__m25
 inline void store_i8(void* p, I32 x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x)); }
 
 inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
+inline int32_t reduce_max_i(I32 x) { return _mm512_reduce_max_epi32(x); }
+inline int32_t reduce_add_i(I32 x) { return _mm512_reduce_add_epi32(x); }
 // One fixed tree: halves, quarters, pairs.
 inline float reduce_add(F32 x) {
   __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));

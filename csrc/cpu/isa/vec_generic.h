@@ -122,6 +122,16 @@ inline float reduce_max(F32 x) {
   for (int i = 1; i < 16; i++) m = x[i] > m ? x[i] : m;
   return m;
 }
+inline int32_t reduce_max_i(I32 x) {
+  int32_t m = x[0];
+  for (int i = 1; i < 16; i++) m = x[i] > m ? x[i] : m;
+  return m;
+}
+inline int32_t reduce_add_i(I32 x) {
+  int32_t total = 0;
+  for (int i = 0; i < 16; i++) total += x[i];
+  return total;
+}
 inline float reduce_add(F32 x) {
   for (int half = 8; half; half /= 2)
     for (int i = 0; i < half; i++) x[i] += x[i + half];

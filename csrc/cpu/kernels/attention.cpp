@@ -95,7 +95,7 @@ RL_UNROLL
 // to the row's maximum, in the type PV multiplies, and their sum as rounded. Keys past the limit get exactly 0.
 template <Dtype kType>
 inline void softmax_row(const float* scores, int limit, uint8_t* probabilities, float& m, float& l) {
-  constexpr bool kBf16 = kType == Dtype::BF16;
+  constexpr bool kBf16 = kType == Dtype::BF16, kShort = kBf16 || kType == Dtype::Q8;
   const int full = limit / 16, rest = limit % 16;
   F32 top = rest ? keep_first(load_f(scores + 16 * full), rest, splat(kLowest)) : splat(kLowest);
   for (int b = 0; b < full; b++) top = max(top, load_f(scores + 16 * b));
@@ -109,8 +109,8 @@ inline void softmax_row(const float* scores, int limit, uint8_t* probabilities, 
       sum = add(sum, p);
     }
   };
-  for (int b = 0; b < full; b++) put(b, exp2<kBf16>(sub(load_f(scores + 16 * b), base)));
-  if (rest) put(full, keep_first(exp2<kBf16>(sub(load_f(scores + 16 * full), base)), rest, zero_f()));
+  for (int b = 0; b < full; b++) put(b, exp2<kShort>(sub(load_f(scores + 16 * b), base)));
+  if (rest) put(full, keep_first(exp2<kShort>(sub(load_f(scores + 16 * full), base)), rest, zero_f()));
   if constexpr (kBf16) {
     const int blocks = full + (rest > 0);
     if (blocks % 2) store_bf16(probabilities + 32 * blocks, zero_f());
@@ -198,7 +198,7 @@ __attribute__((noinline)) void chunk_partial(const uint8_t* const* q, const uint
     int8_scores<R, kChunk>(q, keys, blocks, dim, scale, x.scores[0], next ? values : nullptr);
     for (int r = 0; r < R; r++) {
       p[r] = x.probabilities[r];
-      softmax_row<Dtype::F32>(x.scores[r], limits[r], (uint8_t*)x.scores[r], x.m[r], x.l[r]);
+      softmax_row<Dtype::Q8>(x.scores[r], limits[r], (uint8_t*)x.scores[r], x.m[r], x.l[r]);
       scales[r] = int8_weights(x.scores[r], values, blocks, limits[r], dim, x.probabilities[r]);
     }
     return int8_output<R>(p, scales, values, blocks, dim, x.partial[0], next);

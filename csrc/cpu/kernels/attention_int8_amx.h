@@ -55,11 +55,15 @@ inline void store_part(Int8TileScratch& x) {
 
 inline void zero_part() { tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>(); }
 
-// The sums of both planes by two blocks of keys.
+inline void load_queries(int d, int dim, const Int8TileScratch& x) {
+  tile_load<4>(x.queries[0] + 64 * d, (size_t)dim), tile_load<5>(x.queries[1] + 64 * d, (size_t)dim);
+}
+
+// The sums of both planes by two blocks of keys; queries of 64 dimensions have been loaded.
 inline void int8_tile_sums(const uint8_t* first, const uint8_t* second, int dim, Int8TileScratch& x) {
   zero_part();
   for (int d = 0; d < dim / 64; d++) {
-    tile_load<4>(x.queries[0] + 64 * d, (size_t)dim), tile_load<5>(x.queries[1] + 64 * d, (size_t)dim);
+    if (dim > 64) load_queries(d, dim, x);
     tile_load<6>(first + 1024 * d, 64);
     tile_dot_s8u8<0, 4, 6>(), tile_dot_s8u8<1, 5, 6>();
     tile_load<7>(second + 1024 * d, 64);
@@ -93,12 +97,15 @@ inline void int8_tile_scores(const uint8_t* const* q, int rows, const uint8_t* c
 inline void store_planes(const I32 (&w)[4], uint8_t* out) {
   alignas(64) static constexpr auto kOrder = [] {
     std::array<uint8_t, 64> order{};
-    for (int i = 0; i < 64; i++) order[(size_t)i] = (uint8_t)(4 * (i % 16) + 2 * (i / 16 % 2) + i / 32);
+    for (int i = 0; i < 32; i++) {  // packing alternates four of one vector and four of the other
+      order[(size_t)i] = (uint8_t)(16 * (i % 16 / 4) + 8 * (i / 16) + 2 * (i % 4));
+      order[(size_t)(i + 32)] = (uint8_t)(order[(size_t)i] + 1);
+    }
     return order;
   }();
   const I32 order = load_i(kOrder.data());
-  const I32 a = _mm512_permutexvar_epi8(order, _mm512_or_si512(w[0], _mm512_slli_epi32(w[1], 16)));
-  const I32 b = _mm512_permutexvar_epi8(order, _mm512_or_si512(w[2], _mm512_slli_epi32(w[3], 16)));
+  const I32 a = _mm512_permutexvar_epi8(order, _mm512_packus_epi32(w[0], w[1]));
+  const I32 b = _mm512_permutexvar_epi8(order, _mm512_packus_epi32(w[2], w[3]));
   store_i(out, _mm512_shuffle_i64x2(a, b, 0xee));
   store_i(out + 64, _mm512_shuffle_i64x2(a, b, 0x44));
 }
@@ -112,20 +119,20 @@ inline void int8_tile_weights(int r, int limit, const uint8_t* const* values, in
   I32 most = zero_i();
   auto weigh = [&](int b, F32 p, F32 w) {
     sum = add(sum, p);
-    most = max_i(most, bits(abs(w)));
+    most = max_i(most, bits(w));  // none is negative
     store_f(row + kBlock * b, w);
   };
   for (int b = 0; b < full; b++) {
-    const F32 p = exp2<false>(sub(load_f(row + kBlock * b), base));
+    const F32 p = exp2<true>(sub(load_f(row + kBlock * b), base));
     weigh(b, p, mul(p, load_f(values[b] + 16 * dim)));
   }
   if (rest) {
-    const F32 p = keep_first(exp2<false>(sub(load_f(row + kBlock * full), base)), rest, zero_f());
+    const F32 p = keep_first(exp2<true>(sub(load_f(row + kBlock * full), base)), rest, zero_f());
     weigh(full, p, keep_first(mul(p, load_f(values[full] + 16 * dim)), rest, zero_f()));
   }
   for (int b = used; b < steps * kStepBlocks; b++) store_f(row + kBlock * b, zero_f());
   x.l[r] = reduce_add(sum);
-  const float largest = std::bit_cast<float>(_mm512_reduce_max_epi32(most));  // NaN if one is
+  const float largest = std::bit_cast<float>(reduce_max_i(most));  // NaN if one is
   const F32 inverse = inverse_scale((float)kMaxWeight, largest);
   x.scales[r] = largest / (float)kMaxWeight;
   for (int s = 0; s < steps; s++) {
@@ -182,6 +189,7 @@ inline void int8_tile_chunk(const uint8_t* const* q, int rows, const uint8_t* co
     x.top[r] = splat(-std::numeric_limits<float>::infinity());
   }
   tile_fence();
+  load_queries(0, dim, x);
   for (int b = 0; b < blocks; b += kPartBlocks) {
     const uint8_t* const part[kPartBlocks] = {keys[b], keys[std::min(b + 1, blocks - 1)]};
     int8_tile_sums(part[0], part[1], dim, x);

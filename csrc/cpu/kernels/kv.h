@@ -2,6 +2,7 @@
 // embedding (Su et al., 2021; half-split convention), rounding, the write.
 #pragma once
 
+#include <bit>
 #include <cstring>
 #include <limits>
 
@@ -54,12 +55,7 @@ inline void convert(void* out, const float* in, int n) {
 inline float magnitude(const float* x, int n) {
   I32 top = zero_i();  // compared as integers, where NaN is the largest
   for (int i = 0; i < n; i += 16) top = max_i(top, bits(abs(load_f(x + i))));
-  int32_t lanes[16], most = 0;
-  store_i(lanes, top);
-  for (int32_t v : lanes) most = v > most ? v : most;
-  float result;
-  std::memcpy(&result, &most, 4);
-  return result;
+  return std::bit_cast<float>(reduce_max_i(top));
 }
 
 // What brings magnitudes up to `largest` to `most`; finite, as infinity times 0 is no code.
@@ -99,10 +95,7 @@ inline void quantize_query(const float* x, int n, uint8_t* out) {
     store_low_bytes(out + i, high);
     store_low_bytes(out + n + i, sub_i(add_i(q, splat_i(1 << 16)), shift_left<7>(high)));
   }
-  int32_t lanes[16], sum = 0;
-  store_i(lanes, total);
-  for (int32_t v : lanes) sum += v;
-  *(Int8Query*)(out + 2 * n) = {largest / (float)kMaxInt8Query, 128 * sum};
+  *(Int8Query*)(out + 2 * n) = {largest / (float)kMaxInt8Query, 128 * reduce_add_i(total)};
 }
 
 // Writes one token's key and value of one head: keys and values both go across the lanes' direction.
