@@ -113,9 +113,9 @@ RL_UNROLL
         if (panels() == 1) {
           store_plain(out, unit, a, b);
         } else if (pair && p == 0) {
-          store_f(low_[row], mul(silu(a), b));
+          store_f(low_[row], gated(a, b));
         } else {
-          const F32 y = mul(silu(a), b);
+          const F32 y = gated(a, b);
           store_gated(out, unit, pair, pair ? load_f(low_[row]) : y, y);
         }
       }
@@ -155,6 +155,7 @@ RL_UNROLL
   static F32 scaled(const float* sums, const float* scales) {
     return is_tiled(kFormat) ? mul(load_f(sums), load_f(scales)) : load_f(sums);
   }
+  F32 gated(F32 gate, F32 up) const { return mul(a_.out_dtype == Dtype::F32 ? silu(gate) : silu_short(gate), up); }
   // Of the cache, in the first of some parts of a product.
   Fetch ahead(int parts) {
     const uint8_t* at = cache_.take();
