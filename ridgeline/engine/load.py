@@ -17,7 +17,7 @@ from ridgeline.core.types import Executor
 from ridgeline.engine.engine import Engine, EngineLimits
 from ridgeline.engine.identity import environment
 from ridgeline.engine.ledger import Ledger, make_ledger
-from ridgeline.engine.planning import hidden_dtype
+from ridgeline.engine.planning import cache_dtype, hidden_dtype
 from ridgeline.engine.recorder import FlightRecorder
 from ridgeline.engine.text import Detokenizer
 from ridgeline.graph.ir import Graph
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from ridgeline.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-
-AUTO_KV_DTYPE = {"cpu": "bf16", "reference": "f32", "cuda": "bf16"}
-"""What kv_dtype "auto" stands for: the fastest that keeps the quality of float32."""
 
 _SCHEDULING = (
     *("max_open_steps", "prefix_sharing", "speculation", "num_draft_tokens", "ngram_min", "ngram_max"),
@@ -129,21 +126,21 @@ def _make_recorder(
     return FlightRecorder(
         config.flight_record_steps,
         limits,
-        describe=lambda: environment(config, _kv_dtype(config), model.file.path, executor),
+        describe=lambda: environment(config, _kv_dtype(config, model), model.file.path, executor),
         directory=config.flight_record_dir,
         logits=(lambda: executor.last_logits) if config.flight_record_logits else None,  # type: ignore[attr-defined]
     )
 
 
-def _kv_dtype(config: EngineConfig) -> str:
-    return AUTO_KV_DTYPE[config.backend] if config.kv_dtype == "auto" else config.kv_dtype
+def _kv_dtype(config: EngineConfig, model: Model) -> str:
+    return cache_dtype(config, model.config.head_dim, (w.tensor.format for w in model.weights.values()))
 
 
 def _block_bytes(config: EngineConfig, model: Model) -> int:
     """Bytes of one block in all cache groups; 0 where nobody asks for a cache of so many bytes."""
     if config.kv_cache_bytes is None:
         return 0
-    caches = model.graph(1, 1, _kv_dtype(config), config.block_size).caches
+    caches = model.graph(1, 1, _kv_dtype(config, model), config.block_size).caches
     return sum(c.bytes_per_token * c.block_size for c in caches)
 
 
@@ -174,7 +171,7 @@ def make_executor(
         num_blocks: blocks of each cache group; None: as many as a GPU's memory has room for.
         spare_slots: slots beyond the config's max_num_seqs.
     """
-    kv_dtype = _kv_dtype(config)
+    kv_dtype = _kv_dtype(config, model)
     graph = model.graph(config.max_num_batched_tokens, config.sampled_rows(), kv_dtype, config.block_size)
     sizes: dict[str, Any] = {
         "num_slots": config.max_num_seqs + spare_slots,

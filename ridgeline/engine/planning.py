@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ridgeline.core.config import EngineConfig
-from ridgeline.core.formats import FORMATS
+from ridgeline.core.formats import FORMATS, WeightFormat
 from ridgeline.graph.plan import Plan, compile
 from ridgeline.graph.target import cuda_target
 from ridgeline.models.description import Description
@@ -16,11 +17,31 @@ def hidden_dtype(formats: set[str]) -> str:
     return "f16" if formats == {"f16"} else "bf16"
 
 
+def cache_dtype(config: EngineConfig, head_dim: int, formats: Iterable[WeightFormat]) -> str:
+    """What the KV cache holds; "auto" is the fastest that costs less quality than the weights' own rounding.
+
+    Processors with AMX multiply bf16 activations, which leaves quantized weights room for a cache of 8 bits; it is the
+    faster one where its products fit their tiles.
+
+    Args:
+        head_dim: of the model.
+        formats: of its matrices.
+    """
+    if config.kv_dtype != "auto" or config.backend == "cuda":
+        return "bf16" if config.kv_dtype == "auto" else config.kv_dtype
+    if config.backend == "reference":
+        return "f32"
+    from ridgeline.backends.cpu.lowering import best_isa
+
+    quantized = any(form.kind != "float" for form in formats)
+    return "int8" if quantized and head_dim % 64 == 0 and (config.isa or best_isa()) == "amx" else "bf16"
+
+
 def plan_for_cpu(model: Description, config: EngineConfig) -> Plan:
     """The plan that the cpu backend would run."""
     from ridgeline.backends.cpu.lowering import plan_target
 
-    kv_dtype = "bf16" if config.kv_dtype == "auto" else config.kv_dtype
+    kv_dtype = cache_dtype(config, model.config.head_dim, model.formats.values())
     graph = model.graph(config.max_num_batched_tokens, config.sampled_rows(), kv_dtype, config.block_size)
     return compile(graph, plan_target(kv_dtype, config.isa))
 
@@ -30,7 +51,7 @@ def plan_for_cuda(model: Description, config: EngineConfig) -> tuple[Plan, int]:
 
     Matrices of floats count as what the GPU keeps them in, that of the activations.
     """
-    kv_dtype = "bf16" if config.kv_dtype == "auto" else config.kv_dtype
+    kv_dtype = "bf16" if config.kv_dtype == "auto" else config.kv_dtype  # whatever the config's backend
     matrices = {name for name, entry in model.entries.items() if len(entry.shape) == 2}
     hidden = hidden_dtype({model.formats[name].name for name in matrices})
     kept = {
