@@ -165,29 +165,39 @@ def test_a_token_never_sees_what_a_later_one_holds(isa: str, bad: float, kv_dtyp
     assert not np.isfinite(decode(got, "f32")[12:]).all()
 
 
+@pytest.mark.skipif("amx" not in ISAS, reason="this processor has no AMX")
+@pytest.mark.parametrize("case", [c for c in ATTENTION_CASES if c.kv_dtype == "int8"], ids=str)
+def test_tiles_give_an_int8_cache_the_bits_of_registers(case: AttentionCase) -> None:
+    lone = LoneAttention(case)
+    amx, avx512 = (lone.native(lone.output, isa, 2) for isa in ("amx", "avx512"))
+    np.testing.assert_array_equal(amx, avx512)
+
+
 @pytest.mark.parametrize("what", ["queries", "keys", "values"])
+@pytest.mark.parametrize("dim", [32, 64])
 @pytest.mark.parametrize("isa", ISAS)
-def test_nan_is_not_lost_in_an_int8_cache(isa: str, what: str) -> None:
+def test_nan_is_not_lost_in_an_int8_cache(isa: str, dim: int, what: str) -> None:
     """Codes hold no NaN, so their scale must: damaged numbers must not turn into plausible ones."""
-    lone = LoneAttention(AttentionCase(2, 1, 32, "int8", ((0, 21),)))
-    lone.qkv[7, {"queries": 5, "keys": 70, "values": 100}[what]] = np.nan
+    lone = LoneAttention(AttentionCase(2, 1, dim, "int8", ((0, 21),)))
+    lone.qkv[7, {"queries": 5, "keys": 2 * dim + 6, "values": 3 * dim + 4}[what]] = np.nan
     lone.feed(lone.qkv)
     got = decode(lone.native(lone.output, isa, 2), "f32")
     assert np.isfinite(got[:7]).all()
     if what == "queries":
-        assert np.isnan(got[7, :32]).all() and np.isfinite(got[7:, 32:]).all() and np.isfinite(got[8:]).all()
+        assert np.isnan(got[7, :dim]).all() and np.isfinite(got[7:, dim:]).all() and np.isfinite(got[8:]).all()
     else:
         assert np.isnan(got[7:]).all()
 
 
+@pytest.mark.parametrize("dim", [32, 64])
 @pytest.mark.parametrize("isa", ISAS)
-def test_extreme_magnitudes_in_an_int8_cache(isa: str) -> None:
+def test_extreme_magnitudes_in_an_int8_cache(isa: str, dim: int) -> None:
     """Rows of zeros, of numbers too small to invert, and of large ones give finite results near the truth."""
-    case = AttentionCase(2, 1, 32, "int8", ((0, 40),))
+    case = AttentionCase(2, 1, dim, "int8", ((0, 40),))
     lone = LoneAttention(case)
     scale = np.array([0.0, 1e-44, 1e-30, 1.0, 1e15], np.float32)[np.arange(40) % 5]
-    lone.qkv[:, 96:] *= scale[:, None]
-    lone.qkv[::4, 64:96] *= 0.0
+    lone.qkv[:, 3 * dim :] *= scale[:, None]
+    lone.qkv[::4, 2 * dim : 3 * dim] *= 0.0
     lone.feed(lone.qkv)
     truth, straightforward = lone.expected()[1]
     assert_accurate(lone.native(lone.output, isa, 2), "f32", truth, straightforward)
