@@ -17,13 +17,13 @@ from tests.mutation import report, survivors, untouched
 from tests.sim.effort import RECORDED, Effort
 from tests.sim.effort import SEEDS as EFFORT_SEEDS
 from tests.sim.equivalents import EQUIVALENT
-from tests.sim.mutate import WHOLE, check, classic
+from tests.sim.mutate import FAULT_SEEDS, WHOLE, check, classic
 from tests.sim.simulation import run
 from tests.sim.soak import failure
 from tests.sim.soak import report as failed
 from tests.sim.workload import draw
 
-SEEDS, PART = 3000, 250
+SEEDS, PART = FAULT_SEEDS, 250
 ROOT = Path(__file__).parent.parent.parent
 
 
