@@ -10,6 +10,13 @@
 namespace ridgeline::RL_ISA {
 
 inline constexpr int kStreamRows = 16;  // up to here reading the weights matters beside the arithmetic
+// From more requests on, products leave memory time for the cache. On tiles even one row does: unpacking takes longer
+// than reading.
+#if defined(RL_ISA_AMX)
+inline constexpr int kBusyRows = 0;
+#else
+inline constexpr int kBusyRows = kStreamRows;
+#endif
 inline constexpr size_t kFetchAhead = 16384;  // bytes further on that weights are fetched
 
 // Hands out, piece by piece, the cache that this thread's next attention tasks read. Enough rows keep a product busy
@@ -20,7 +27,7 @@ class CacheAhead {
     const int size = w.team.size();
     const size_t first = (size_t)((long)s.requests * w.thread / size);
     const size_t last = (size_t)((long)s.requests * (w.thread + 1) / size);
-    const bool spare = s.one_each && s.requests > kStreamRows && a.next_layer >= 0 && is_quantized(a.w.format);
+    const bool spare = s.one_each && s.requests > kBusyRows && a.next_layer >= 0 && is_quantized(a.w.format);
     begin_ = spare ? s.read_starts[first] : 0;
     blocks_ = spare ? s.read_starts[last] - begin_ : 0;
     span_ = std::max(1, (int)((size_t)(a.w.k / kGroup) * kLinesPerGroup * 64 / (s.cache.run_bytes / kCluster)));
