@@ -25,8 +25,9 @@ class CacheAhead {
  public:
   CacheAhead(const LinearArgs& a, const Step& s, Worker& w) : a_(a), s_(s), w_(w) {
     const int size = w.team.size();
-    const size_t first = (size_t)((long)s.requests * w.thread / size);
-    const size_t last = (size_t)((long)s.requests * (w.thread + 1) / size);
+    const bool shared = s.requests < size;  // whoever is free takes a head
+    const size_t first = shared ? 0 : (size_t)((long)s.requests * w.thread / size);
+    const size_t last = shared ? s.requests : (size_t)((long)s.requests * (w.thread + 1) / size);
     const bool spare = s.one_each && s.requests > kBusyRows && a.next_layer >= 0 && is_quantized(a.w.format);
     begin_ = spare ? s.read_starts[first] : 0;
     blocks_ = spare ? s.read_starts[last] - begin_ : 0;
