@@ -38,7 +38,11 @@ RL_UNROLL
   }
 }
 
-inline constexpr int kLinesPerGroup = 4;  // fetched from `elsewhere`
+#if defined(RL_ISA_AMX)
+inline constexpr int kLinesPerGroup = 8;  // fetched from `elsewhere`
+#else
+inline constexpr int kLinesPerGroup = 4;
+#endif
 
 // acc[r] += minimum * (scale_a * sum a) of one group; sums[r] points at the row's scaled sums.
 template <int R>
