@@ -45,7 +45,7 @@ class EngineConfig:
     )
     threads: int | None = _option(None, "CPU threads (default: what affinity and cgroup allow)")
     isa: str | None = _option(None, "force an instruction set (default: $RIDGELINE_ISA, or the best here)", ISAS)
-    kv_dtype: str = _option("auto", "number format of the KV cache", KV_DTYPES)
+    kv_dtype: str = _option("auto", "format of the KV cache (auto: bf16; int8 on AMX for quantized weights)", KV_DTYPES)
     max_num_seqs: int = _option(32, "most requests in one step")
     max_num_batched_tokens: int = _option(512, "most tokens in one step")
     max_model_len: int | None = _option(None, "longest sequence, prompt and output (default: the model's context)")

@@ -10,10 +10,10 @@
 namespace ridgeline::RL_ISA {
 
 inline constexpr int kStreamRows = 16;  // up to here reading the weights matters beside the arithmetic
-// From more requests on, products leave memory time for the cache. On tiles even one row does: unpacking takes longer
-// than reading.
+// With more requests, products leave memory time for the cache. On tiles two do: unpacking takes longer than reading.
+// (For one, what attention gains the products lose.)
 #if defined(RL_ISA_AMX)
-inline constexpr int kBusyRows = 0;
+inline constexpr int kBusyRows = 1;
 #else
 inline constexpr int kBusyRows = kStreamRows;
 #endif
@@ -25,9 +25,8 @@ class CacheAhead {
  public:
   CacheAhead(const LinearArgs& a, const Step& s, Worker& w) : a_(a), s_(s), w_(w) {
     const int size = w.team.size();
-    const bool shared = s.requests < size;  // whoever is free takes a head
-    const size_t first = shared ? 0 : (size_t)((long)s.requests * w.thread / size);
-    const size_t last = shared ? s.requests : (size_t)((long)s.requests * (w.thread + 1) / size);
+    const size_t first = (size_t)((long)s.requests * w.thread / size);
+    const size_t last = (size_t)((long)s.requests * (w.thread + 1) / size);
     const bool spare = s.one_each && s.requests > kBusyRows && a.next_layer >= 0 && is_quantized(a.w.format);
     begin_ = spare ? s.read_starts[first] : 0;
     blocks_ = spare ? s.read_starts[last] - begin_ : 0;
