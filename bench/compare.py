@@ -25,6 +25,7 @@ from peers.engines import (
     LLAMACPP_FASTEST,
     LLAMACPP_SAME_FILE,
     RIDGELINE,
+    RIDGELINE_INT8,
     Engine,
     engines,
     is_reference_machine,
@@ -37,6 +38,9 @@ OUT_TOKENS = 128
 PREFILL_TOKENS = 512
 MAX_SEQS = 32
 VALID_SHARE = 0.8  # a peer below this share of its recorded speed makes a comparison invalid
+
+OURS = {RIDGELINE: "", RIDGELINE_INT8: "int8 "}
+RIVALS = {"best_peer": "x best peer", "llamacpp": "x llama.cpp", "llamacpp_fastest": "x llama.cpp Q4_0"}
 
 METRICS = {
     "prefill": "prefill 512, tok/s",
@@ -118,8 +122,10 @@ def one_life(run: Run, engine: Engine) -> tuple[Sample, Sample]:
 
 
 def included(metric: str, engine: Engine, everything: bool) -> bool:
-    """Whether a cell is measured: the slow same-file llama.cpp is nobody's rival in large batches."""
-    return everything or engine.name != LLAMACPP_SAME_FILE or metric not in ("decode8", "decode32")
+    """Whether a cell is measured: the slow same-file llama.cpp is nobody's rival in large batches, and what is for a
+    lone stream has none."""
+    lone = engine.name in (LLAMACPP_SAME_FILE, RIDGELINE_INT8)
+    return everything or not lone or metric not in ("decode8", "decode32")
 
 
 def measure(chosen: list[Engine], metrics: list[str], run: Run, everything: bool, log: Console) -> None:
@@ -161,7 +167,7 @@ def ratios(metric: str, ours: list[Sample], theirs: list[Sample]) -> dict[str, f
 
 def best_peer(metric: str, cells: dict[str, list[Sample]]) -> str | None:
     """Name of the peer with the best median."""
-    peers = {name: median(samples) for name, samples in cells.items() if name != RIDGELINE}
+    peers = {name: median(samples) for name, samples in cells.items() if name not in OURS}
     pick = min if metric in LOWER_IS_BETTER else max
     return pick(peers, key=lambda name: peers[name]) if peers else None
 
@@ -179,16 +185,15 @@ def summarize(run: Run, chosen: list[Engine]) -> dict[str, Any]:
         values = {name: [s.value for s in samples] for name, samples in cells.items()}
         best = best_peer(metric, cells)
         entry: dict[str, Any] = {"best_peer": best, "engines": {}, "ratio": {}}
+        rivals = {"best_peer": best, "llamacpp": LLAMACPP_SAME_FILE, "llamacpp_fastest": LLAMACPP_FASTEST}
         for name, row in values.items():
             entry["engines"][name] = spread(row)
             floor = VALID_SHARE * recorded.get(name, {}).get(metric, 0.0)
             if statistics.median(row) < floor:
                 too_slow.append(f"{name} {metric}: {statistics.median(row):.0f} is under {floor:.0f} tok/s")
-        if RIDGELINE in cells:
-            rivals = {"best_peer": best, "llamacpp": LLAMACPP_SAME_FILE, "llamacpp_fastest": LLAMACPP_FASTEST}
-            entry["ratio"] = {
-                key: ratios(metric, cells[RIDGELINE], cells[name]) for key, name in rivals.items() if name in cells
-            }
+        for ours in OURS.keys() & cells.keys():
+            found = {key: ratios(metric, cells[ours], cells[name]) for key, name in rivals.items() if name in cells}
+            entry["ratio"] |= {OURS[ours] + key: ratio for key, ratio in found.items()}
         entry["foreign_cores"] = max(sample.foreign for samples in cells.values() for sample in samples)
         result["metrics"][metric] = entry
     everyone = [s.foreign for cells in run.samples.values() for samples in cells.values() for s in samples]
@@ -213,10 +218,12 @@ def show(result: dict[str, Any], chosen: list[Engine], seconds: float, console: 
     )
     table.add_column("")
     for engine in chosen:
-        table.add_column(engine.label, justify="right", style="bold" if engine.name == RIDGELINE else "")
-    compared = any(entry["ratio"] for entry in result["metrics"].values())
-    for heading in ("x best peer", "x llama.cpp", "x llama.cpp Q4_0") if compared else ():
-        table.add_column(heading, justify="right")
+        table.add_column(engine.label, justify="right", style="bold" if engine.name in OURS else "")
+    seen = {key for entry in result["metrics"].values() for key in entry["ratio"]}
+    shown = [prefix + key for prefix in OURS.values() for key in RIVALS if prefix + key in seen]
+    for key in shown:
+        prefix, _, rival = key.rpartition(" ")
+        table.add_column(f"{prefix} {RIVALS[rival]}".strip(), justify="right")
     for metric, entry in result["metrics"].items():
         cells = [METRICS[metric]]
         for engine in chosen:
@@ -227,13 +234,15 @@ def show(result: dict[str, Any], chosen: list[Engine], seconds: float, console: 
             low, high = number(metric, stats["min"]), number(metric, stats["max"])
             mark = "[green]" if engine.name == entry["best_peer"] else "[default]"
             cells.append(f"{mark}{number(metric, stats['median'])}[/]\n[dim]{low} to {high}[/]")
-        for key in ("best_peer", "llamacpp", "llamacpp_fastest") if compared else ():
+        for key in shown:
             ratio = entry["ratio"].get(key)
             text = f"[bold]{ratio['median']:.2f}[/]\n[dim]{ratio['min']:.2f} to {ratio['max']:.2f}[/]" if ratio else "-"
             cells.append(text)
         table.add_row(*cells)
     console.print(table)
     console.print("[dim]green: the best peer of the row. A ratio above 1 means that Ridgeline is better.[/]")
+    if RIDGELINE_INT8 in {engine.name for engine in chosen}:
+        console.print("[dim]int8: with --activation-dtype int8, which ridgeline run and chat take.[/]")
     for line in result["invalid"]:
         console.print(f"[red]invalid:[/] {line}, {VALID_SHARE:.0%} of what it reaches when the machine is quiet")
 

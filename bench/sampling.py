@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ridgeline.backends.cpu import _native
-from ridgeline.backends.cpu.lowering import Lowering, best_isa, packed_weight_bytes
+from ridgeline.backends.cpu.lowering import Lowering, packed_weight_bytes
 from ridgeline.core.formats import FORMATS
 from ridgeline.core.types import SAMPLING_DTYPE, SlotStart
 from ridgeline.graph.builder import GraphBuilder
@@ -63,7 +63,7 @@ class Sampler:
         config: dict[str, Any] = {"isa": isa or "", "threads": threads or 0, "vocab": self.vocab, "layers": 1}
         config |= {"max_tokens": self.rows, "max_sampled": self.rows, "num_slots": self.rows, "kv_dtype": "f32"}
         config |= {"max_blocks_per_slot": 1, "num_blocks": self.rows, "heads": 1, "kv_heads": 1, "head_dim": 16}
-        config |= {"arena_bytes": plan.arena_bytes, "weight_bytes": packed_weight_bytes(plan, isa or best_isa())}
+        config |= {"arena_bytes": plan.arena_bytes, "weight_bytes": packed_weight_bytes(plan)}
         self.native = _native.Executor(config | {"rope_frequency": [0.0] * 8})
         matrix, _ = self.native.pack([(quantize(FORMATS["f32"], logits), None)], "f32", self.vocab, 0, True)
         Lowering(plan, self.native, {("table", True): matrix}, {}).run()

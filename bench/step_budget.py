@@ -16,6 +16,7 @@ import numpy as np
 
 from ridgeline.backends.cpu.executor import CpuExecutor
 from ridgeline.backends.cpu.lowering import plan_target
+from ridgeline.core.config import ACTIVATION_DTYPES
 from ridgeline.core.types import SAMPLING_DTYPE, Batch
 from ridgeline.graph.cost import Load
 from ridgeline.graph.plan import compile
@@ -89,13 +90,14 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--isa", default=None)
+    parser.add_argument("--activation-dtype", default="auto", choices=ACTIVATION_DTYPES)
     parser.add_argument("--kv-dtype", default="bf16")
     parser.add_argument("--shapes", default="1,8,32,512")
     parser.add_argument("--context", type=int, default=192)
     parser.add_argument("--seconds", type=float, default=2.0)
     args = parser.parse_args()
     model = load_model(args.model)
-    target = plan_target(args.kv_dtype, args.isa)
+    target = plan_target(args.kv_dtype, args.isa, args.activation_dtype)
     shapes = [int(s) for s in args.shapes.split(",")]
     longest = max(PREFILL, args.context, *shapes)
     if min(shapes) < 1 or args.context < 1 or longest > model.config.context_length:

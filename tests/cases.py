@@ -13,7 +13,7 @@ from typing import Any
 FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 KV_DTYPES = ("bf16", "f16", "f32", "int8")
 ACTIVATION = {"f32": "f32", "f16": "f32", "bf16": "bf16", "q8_0": "q8", "q4_0": "q8", "q4_1": "q8"}
-"""What a linear of a weight format reads, but bf16 for all three quantized ones where tiles multiply (isa "amx")."""
+"""What a linear of a weight format reads, but bf16 for all three quantized ones where tiles multiply them (AMX)."""
 
 ROWS = (1, 2, 3, 5, 6, 7, 8, 9, 16, 17, 31, 32, 33, 65, 130)
 """Rows around every register block, and around where kernels change the way they share work."""

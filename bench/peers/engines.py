@@ -81,8 +81,20 @@ def is_reference_machine(threads: int) -> bool:
 
 
 RIDGELINE = "ridgeline"
+RIDGELINE_INT8 = "ridgeline_int8"
 LLAMACPP_SAME_FILE = "llamacpp_q4_1"
 LLAMACPP_FASTEST = "llamacpp_q4_0"
+
+
+def lone_streams() -> list[Engine]:
+    """Ridgeline as ``ridgeline run`` and ``chat`` have it, where that is not how it is for batches (AMX)."""
+    import ridgeline.backends.cpu._native as native
+
+    options = {"activation_dtype": "int8"}
+    ours = Engine(
+        RIDGELINE_INT8, "Ridgeline int8", "worker_ridgeline.py", Path(sys.executable), "smollm2", None, options=options
+    )
+    return [ours] if native.available_isas()[0] == "amx" else []
 
 
 def engines() -> list[Engine]:
@@ -91,6 +103,7 @@ def engines() -> list[Engine]:
     gguf = str(install.model_path())
     return [
         Engine(RIDGELINE, "Ridgeline", "worker_ridgeline.py", Path(sys.executable), "smollm2", None),
+        *lone_streams(),
         Engine(
             LLAMACPP_SAME_FILE,
             "llama.cpp same file",

@@ -103,14 +103,14 @@ std::vector<const uint8_t*> gather_rows(const std::vector<std::pair<Array<uint8_
 }
 
 py::object pack_weight(Executor& e, const std::vector<std::pair<Array<uint8_t>, py::object>>& parts,
-                       const std::string& format_name, int k, int interleave, bool gathered) {
+                       const std::string& format_name, int k, int interleave, bool tiles) {
   Format format = format_of(format_name);
   auto rows = gather_rows(parts, format, k, interleave);
   int bad = -1;
   PackedMatrix m;
   {
     py::gil_scoped_release release;
-    m = e.pack(rows, format, k, gathered, &bad);
+    m = e.pack(rows, format, k, tiles, &bad);
   }
   return py::make_tuple(m, bad);
 }
@@ -340,8 +340,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Ridgeline's CPU executor: packed weights, paged cache and a plan run by a thread team.";
   py::class_<PackedMatrix>(m, "PackedMatrix")
       .def_readonly("n", &PackedMatrix::n)
-      .def_readonly("k", &PackedMatrix::k)
-      .def_property_readonly("is_tiled", [](const PackedMatrix& m) { return is_tiled(m.format); });
+      .def_readonly("k", &PackedMatrix::k);
   py::class_<Executor> executor(m, "Executor");
   executor.def(py::init(&make_executor))
       .def("pack", &pack_weight)
@@ -357,12 +356,8 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("isa", [](const Executor& e) { return e.kernels().name; })
       .def_property_readonly("threads", [](Executor& e) { return e.team().size(); });
   bind_ops(executor);
-  m.def("packed_bytes", [](const std::string& format, int n, int k, const std::string& isa, bool gathered) {
-    const Format packed = packed_format(format_of(format), has_tiles(*select_kernels(isa)), gathered);
-    return packed_bytes(packed_layout(packed, n, k));
-  });
-  m.def("is_tiled", [](const std::string& format, const std::string& isa, bool gathered) {
-    return is_tiled(packed_format(format_of(format), has_tiles(*select_kernels(isa)), gathered));
+  m.def("packed_bytes", [](const std::string& format, int n, int k, bool tiles) {
+    return packed_bytes(packed_layout(packed_format(format_of(format), tiles), n, k));
   });
   m.def("available_threads", &available_threads);
   m.def("available_isas", [] {

@@ -60,8 +60,10 @@ Executor::Executor(const ExecutorConfig& config)
   step_.partial_counts = partial_counts_.get();
 }
 
-PackedMatrix Executor::pack(const std::vector<const uint8_t*>& rows, Format file, int k, bool gathered, int* bad_row) {
-  PackedMatrix m = packed_layout(packed_format(file, has_tiles(*kernels_), gathered), (int)rows.size(), k);
+PackedMatrix Executor::pack(const std::vector<const uint8_t*>& rows, Format file, int k, bool tiles, int* bad_row) {
+  if (tiles && kernels_ != kernels_amx())
+    refuse(std::string("instruction set ") + kernels_->name + " multiplies quantized weights by int8 activations only");
+  PackedMatrix m = packed_layout(packed_format(file, tiles), (int)rows.size(), k);
   size_t bytes = packed_bytes(m);
   if (weights_used_ + bytes > weights_.size()) refuse("weight memory is smaller than the weights packed into it");
   uint8_t* out = weights_.data() + weights_used_;

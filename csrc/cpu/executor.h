@@ -42,9 +42,9 @@ class Executor {
  public:
   explicit Executor(const ExecutorConfig& config);
 
-  // Packs rows of a file into this executor's weight memory; `gathered`: for an embedding to look up. A row that holds
-  // NaN or infinity is left in `bad_row`.
-  PackedMatrix pack(const std::vector<const uint8_t*>& rows, Format file, int k, bool gathered, int* bad_row);
+  // Packs rows of a file into this executor's weight memory; `tiles` as in packed_format(). A row that holds NaN or
+  // infinity is left in `bad_row`.
+  PackedMatrix pack(const std::vector<const uint8_t*>& rows, Format file, int k, bool tiles, int* bad_row);
   const float* keep_vector(const float* values, size_t count);
 
   // When an operator needs no barrier behind it, because what follows reads what its own thread has written.
@@ -142,8 +142,6 @@ class Executor {
   std::vector<float> logprobs_, top_logprobs_, hidden_;
 };
 
-// Whether quantized weights are packed for tile products.
-inline bool has_tiles(const Kernels& k) { return &k == kernels_amx(); }
 const Kernels* select_kernels(const std::string& isa);
 // Best bandwidth in bytes/s of `threads` threads reading a buffer of `bytes` several times.
 double measure_bandwidth(const Kernels& kernels, size_t bytes, int threads, double seconds);

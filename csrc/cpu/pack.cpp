@@ -146,10 +146,9 @@ size_t file_row_bytes(Format format, int k) {
   }
 }
 
-Format packed_format(Format file, bool tiles, bool gathered) {
-  if (!tiles) return file;
-  if (file == Format::Q8_0) return Format::T8;
-  return is_quantized(file) && !gathered ? Format::T4 : file;  // T4 rounds its minima: no table to look numbers up in
+Format packed_format(Format file, bool tiles) {
+  if (!tiles || !is_quantized(file)) return file;
+  return file == Format::Q8_0 ? Format::T8 : Format::T4;
 }
 
 PackedMatrix packed_layout(Format format, int n, int k) {

@@ -11,9 +11,9 @@ namespace ridgeline {
 // Bytes between the rows of a matrix in its file.
 size_t file_row_bytes(Format format, int k);
 
-// What a file's format is packed as: `tiles` says whether kernels multiply tiles, `gathered` whether rows of this matrix
-// are looked up and must come out exactly.
-Format packed_format(Format file, bool tiles, bool gathered);
+// What a file's format is packed as: `tiles` says whether a quantized matrix is to multiply bf16 activations on tiles.
+// Rows looked up in T4 would not come out exactly, since it rounds minima.
+Format packed_format(Format file, bool tiles);
 
 // The layout of a packed [n, k] matrix; its last panels are filled up with zero weights.
 PackedMatrix packed_layout(Format format, int n, int k);

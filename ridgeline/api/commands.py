@@ -37,7 +37,7 @@ def run(
     options = _sampling(max_tokens, params)
     if not prompt:
         raise ConfigError("the prompt is empty: give -p some text")
-    llm = _load(model, engine)
+    llm = _load(model, _alone(engine))
     times: list[float] = []
     for delta in llm.stream(prompt, options):
         sys.stdout.write(delta.text)
@@ -56,7 +56,7 @@ def chat(
 ) -> None:
     """Talk with a model; an empty line or the end of input ends it."""
     options = _sampling(max_tokens, params)
-    llm = _load(model, engine)
+    llm = _load(model, _alone(engine))
     messages: list[dict[str, str]] = []
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
@@ -134,6 +134,12 @@ def replay(
     print(text)
     if not identical:
         raise typer.Exit(1)
+
+
+def _alone(engine: dict[str, Any]) -> dict[str, Any]:
+    """Options of an engine that only ever decodes one request: int8 activations are fastest for that on every CPU."""
+    free = engine["activation_dtype"] == "auto" and engine["backend"] == "cpu" and engine["speculation"] is None
+    return engine | {"activation_dtype": "int8"} if free else engine
 
 
 def _load(model: str, engine: dict[str, Any]) -> LLM:

@@ -25,7 +25,7 @@ def render(record: FlightRecord, report: ReplayReport, notes: list[str], seconds
     """A report as lines of text."""
     environment, steps = record.environment, record.steps
     name = "no model file" if environment.model is None else environment.model.path
-    kind = environment.isa or environment.backend
+    kind = " ".join(filter(None, (environment.isa or environment.backend, environment.activation_dtype)))
     lines = [
         f"record   {record.created}, ridgeline {environment.ridgeline}, {kind}, {environment.threads} threads, "
         f"KV cache in {environment.kv_dtype}",

@@ -15,6 +15,7 @@ BACKENDS = ("cpu", "reference", "cuda")
 DEVICES = ("gpu", "emulated")
 SPECULATIONS = ("ngram",)
 ISAS = ("generic", "avx512", "amx")
+ACTIVATION_DTYPES = ("auto", "int8", "bf16")
 
 _DEFAULT_POOL_TOKENS = 2048  # per sequence, when the pool's size is left to us
 _DEFAULT_ROWS = 64  # so that prompt logprobs and pooling go on in chunks of some size
@@ -45,7 +46,14 @@ class EngineConfig:
     )
     threads: int | None = _option(None, "CPU threads (default: what affinity and cgroup allow)")
     isa: str | None = _option(None, "force an instruction set (default: $RIDGELINE_ISA, or the best here)", ISAS)
-    kv_dtype: str = _option("auto", "format of the KV cache (auto: bf16; int8 on AMX for quantized weights)", KV_DTYPES)
+    activation_dtype: str = _option(
+        "auto",
+        "of the cpu backend: what multiplies quantized weights (auto: int8, or bf16 on AMX)",
+        ACTIVATION_DTYPES,
+    )
+    kv_dtype: str = _option(
+        "auto", "format of the KV cache (auto: bf16; int8 where bf16 activations multiply quantized weights)", KV_DTYPES
+    )
     max_num_seqs: int = _option(32, "most requests in one step")
     max_num_batched_tokens: int = _option(512, "most tokens in one step")
     max_model_len: int | None = _option(None, "longest sequence, prompt and output (default: the model's context)")
@@ -127,6 +135,10 @@ class EngineConfig:
         for name in ("threads", "isa"):
             if self.backend != "cpu" and getattr(self, name) is not None:
                 raise ConfigError(f"the {self.backend} backend takes no {name}: leave it out, or use backend 'cpu'")
+        if self.backend != "cpu" and self.activation_dtype != "auto":
+            raise ConfigError(
+                f"the {self.backend} backend takes no activation_dtype: leave it out, or use backend 'cpu'"
+            )
         if self.backend == "cuda" and self.kv_dtype == "f32":
             raise ConfigError("the cuda backend keeps no f32 cache: kv_dtype may be auto, bf16, f16, int8 or fp8")
         if self.backend != "cuda" and self.kv_dtype == "fp8":

@@ -36,7 +36,7 @@ class Environment(msgspec.Struct, frozen=True):
 
     Attributes:
         ridgeline: version; build: sha256 of the native extension, "" for other backends.
-        backend, isa, kv_dtype: as they were resolved, never "auto"; isa is "" where the backend has none.
+        backend, isa, activation_dtype, kv_dtype: as they were resolved, never "auto"; "" where the backend has none.
         threads: size of the team.
         model: None for an engine without a model file.
         options: every field of EngineConfig.
@@ -46,6 +46,7 @@ class Environment(msgspec.Struct, frozen=True):
     build: str = ""
     backend: str = ""
     isa: str = ""
+    activation_dtype: str = ""
     kv_dtype: str = ""
     threads: int = 0
     model: ModelIdentity | None = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ridgeline
 from ridgeline.core.config import EngineConfig
+from ridgeline.engine.planning import activation_dtype
 
 if TYPE_CHECKING:
     from ridgeline.engine.flight import Environment, ModelIdentity
@@ -27,6 +28,7 @@ def environment(config: EngineConfig, kv_dtype: str, model: Path, executor: Any)
         build=native_build() if config.backend == "cpu" else "",
         backend=config.backend,
         isa=getattr(executor, "isa", ""),
+        activation_dtype=activation_dtype(config) if config.backend == "cpu" else "",
         kv_dtype=kv_dtype,
         threads=getattr(executor, "threads", 1),
         model=identify(model),

@@ -41,7 +41,7 @@ def make_ledger(plan: Plan, executor: Executor, limits: EngineLimits, backend: s
     elif backend == "cpu":
         from ridgeline.backends.cpu.lowering import packed_weight_bytes
 
-        weights = packed_weight_bytes(plan, executor.isa)  # type: ignore[attr-defined]
+        weights = packed_weight_bytes(plan)
     else:
         weights = 4 * sum(int(np.prod([bound(d) for d in v.shape])) for v in plan.weights.values())
     blocks = min(limits.num_blocks)

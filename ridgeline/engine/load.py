@@ -17,7 +17,7 @@ from ridgeline.core.types import Executor
 from ridgeline.engine.engine import Engine, EngineLimits
 from ridgeline.engine.identity import environment
 from ridgeline.engine.ledger import Ledger, make_ledger
-from ridgeline.engine.planning import cache_dtype, hidden_dtype
+from ridgeline.engine.planning import activation_dtype, cache_dtype, hidden_dtype
 from ridgeline.engine.recorder import FlightRecorder
 from ridgeline.engine.text import Detokenizer
 from ridgeline.graph.ir import Graph
@@ -188,7 +188,7 @@ def make_executor(
     from ridgeline.backends.cpu.executor import CpuExecutor
     from ridgeline.backends.cpu.lowering import plan_target
 
-    plan = compile(graph, plan_target(kv_dtype, config.isa))
+    plan = compile(graph, plan_target(kv_dtype, config.isa, activation_dtype(config)))
     sizes |= {"threads": config.threads, "isa": config.isa}
     # A packed weight's pages in the file are not read again: give them back as packing goes on.
     return plan, CpuExecutor(plan, model.weights, packed=model.file.drop_pages, **sizes)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ridgeline.core.config import EngineConfig
+from ridgeline.core.errors import ConfigError
 from ridgeline.core.formats import FORMATS, WeightFormat
 from ridgeline.graph.plan import Plan, compile
 from ridgeline.graph.target import cuda_target
@@ -17,11 +18,32 @@ def hidden_dtype(formats: set[str]) -> str:
     return "f16" if formats == {"f16"} else "bf16"
 
 
+def activation_dtype(config: EngineConfig) -> str:
+    """What multiplies quantized weights on the cpu backend, "int8" or "bf16"; "auto" is the fastest.
+
+    Processors with AMX multiply bf16 on tiles, at the price of unpacking weights to bf16, which even a lone row pays:
+    int8 decodes a request alone 1.4 times as fast there, and bf16 everything else (docs/perf-log.md). What an engine
+    has room for does not enter, or a request's bits would hang on it.
+
+    Raises ConfigError where bf16 is asked for and the instruction set has no tiles.
+    """
+    from ridgeline.backends.cpu.lowering import best_isa
+
+    isa = config.isa or best_isa()
+    if config.activation_dtype == "bf16" and isa != "amx":
+        raise ConfigError(
+            f"activation_dtype bf16 needs AMX and this engine's instruction set is {isa}: leave it out, or take int8"
+        )
+    if config.activation_dtype != "auto":
+        return config.activation_dtype
+    return "bf16" if isa == "amx" else "int8"
+
+
 def cache_dtype(config: EngineConfig, head_dim: int, formats: Iterable[WeightFormat]) -> str:
     """What the KV cache holds; "auto" is the fastest that costs less quality than the weights' own rounding.
 
-    Processors with AMX multiply bf16 activations, which leaves quantized weights room for a cache of 8 bits; it is the
-    faster one where its products fit their tiles.
+    bf16 activations leave quantized weights room for a cache of 8 bits; it is the faster one where its products fit
+    the tiles of AMX.
 
     Args:
         head_dim: of the model.
@@ -31,10 +53,8 @@ def cache_dtype(config: EngineConfig, head_dim: int, formats: Iterable[WeightFor
         return "bf16" if config.kv_dtype == "auto" else config.kv_dtype
     if config.backend == "reference":
         return "f32"
-    from ridgeline.backends.cpu.lowering import best_isa
-
     quantized = any(form.kind != "float" for form in formats)
-    return "int8" if quantized and head_dim % 64 == 0 and (config.isa or best_isa()) == "amx" else "bf16"
+    return "int8" if quantized and head_dim % 64 == 0 and activation_dtype(config) == "bf16" else "bf16"
 
 
 def plan_for_cpu(model: Description, config: EngineConfig) -> Plan:
@@ -43,7 +63,7 @@ def plan_for_cpu(model: Description, config: EngineConfig) -> Plan:
 
     kv_dtype = cache_dtype(config, model.config.head_dim, model.formats.values())
     graph = model.graph(config.max_num_batched_tokens, config.sampled_rows(), kv_dtype, config.block_size)
-    return compile(graph, plan_target(kv_dtype, config.isa))
+    return compile(graph, plan_target(kv_dtype, config.isa, activation_dtype(config)))
 
 
 def plan_for_cuda(model: Description, config: EngineConfig) -> tuple[Plan, int]:

@@ -39,12 +39,13 @@ ALL_FUSIONS = frozenset(
 )
 
 
-def cpu_target(kv_dtype: str, tiles: bool = False) -> Target:
+def cpu_target(kv_dtype: str, activation_dtype: str = "int8") -> Target:
     """Int8 activations for integer weights, bf16 for bf16, float32 for the rest; every fusion.
 
-    With ``tiles`` (AMX) bf16 ones for integer weights too, which are then rounded to bf16 as they are multiplied.
+    With ``activation_dtype`` "bf16" (AMX) bf16 ones for integer weights too, which are then rounded to bf16 as they
+    are multiplied.
     """
-    integers = "bf16" if tiles else "q8"
+    integers = "q8" if activation_dtype == "int8" else activation_dtype
     activation = {"q8_0": integers, "q4_0": integers, "q4_1": integers, "bf16": "bf16"}
     return Target("cpu", activation, ALL_FUSIONS, kv_dtype)
 

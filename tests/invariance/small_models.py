@@ -11,10 +11,14 @@ from ridgeline.backends.cpu import _native
 from ridgeline.backends.cpu.executor import CpuExecutor
 from ridgeline.backends.cpu.lowering import plan_target
 from ridgeline.graph.plan import Plan, compile
+from ridgeline.graph.target import Target
 from ridgeline.models import llama
 from ridgeline.models.load import Weight
 
-ISAS = _native.available_isas()
+WAYS = _native.available_isas()
+if "amx" in WAYS:
+    WAYS.append("amx int8")
+"""Instruction sets here, and int8 activations where bf16 is what large batches take."""
 SLOTS, BLOCKS, MAX_TOKENS, MAX_ROWS = 6, 44, 700, 24  # BLOCKS: of 16 tokens, for each slot
 
 # Weight format, exceptions by weight, cache dtype, config: between them every format and dtype, grouped and plain
@@ -32,19 +36,25 @@ MODELS: dict[str, tuple[str, dict[str, str], str, dict[str, Any]]] = {
 }
 
 
+def target_of(kv_dtype: str, way: str) -> Target:
+    """What plans that run in one of WAYS are compiled for."""
+    isa, _, activation_dtype = way.partition(" ")
+    return plan_target(kv_dtype, isa, activation_dtype or "auto")
+
+
 @cache
-def model_of(name: str, isa: str) -> tuple[Plan, dict[str, Weight]]:
+def model_of(name: str, way: str) -> tuple[Plan, dict[str, Weight]]:
     """A small random model, compiled."""
     fmt, override, kv_dtype, changes = MODELS[name]
     cfg = config(**{"context_length": 1024, "head_dim": 32, **changes})
     weights = random_weights(cfg, fmt, seed=len(name), override=override)
     formats = {n: w.tensor.format for n, w in weights.items()}
     graph = llama.build(cfg, formats, max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, kv_dtype=kv_dtype, block_size=16)
-    return compile(graph, plan_target(kv_dtype, isa)), weights
+    return compile(graph, target_of(kv_dtype, way)), weights
 
 
-def executor(name: str, isa: str, threads: int) -> CpuExecutor:
+def executor(name: str, way: str, threads: int) -> CpuExecutor:
     """A small random model on the native executor."""
-    plan, weights = model_of(name, isa)
+    plan, weights = model_of(name, way)
     size = {"num_slots": SLOTS, "num_blocks": [SLOTS * BLOCKS], "max_blocks_per_slot": BLOCKS}
-    return CpuExecutor(plan, weights, **size, threads=threads, isa=isa)
+    return CpuExecutor(plan, weights, **size, threads=threads, isa=way.split()[0])

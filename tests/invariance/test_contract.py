@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from invariance.small_models import BLOCKS, ISAS, MAX_ROWS, SLOTS, executor
+from invariance.small_models import BLOCKS, MAX_ROWS, SLOTS, WAYS, executor
 from invariance.workloads import (
     Ahead,
     Ask,
@@ -59,24 +59,24 @@ def serving(rng: random.Random) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["q4_1", "q8_0-f16", "bf16", "f32", "q8_0-int8", "mixed"])
-@pytest.mark.parametrize("isa", ISAS)
-def test_small_models_however_they_are_served(isa: str, name: str) -> None:
-    rng = random.Random(f"{isa} {name}")
+@pytest.mark.parametrize("way", WAYS)
+def test_small_models_however_they_are_served(way: str, name: str) -> None:
+    rng = random.Random(f"{way} {name}")
     asks = workload(rng.getrandbits(32), 14, VOCAB, LONGEST, OUTPUTS)
     quiet = small_limits(prefix_sharing=False)
-    expected = alone(engine_of(executor(name, isa, 1), quiet), asks)
+    expected = alone(engine_of(executor(name, way, 1), quiet), asks)
     for _ in range(SERVINGS):
         threads, changes = serving(rng)
         seed = rng.getrandbits(32)
-        served = together(engine_of(executor(name, isa, threads), small_limits(**changes)), asks, seed)
-        must_equal(served, expected, asks, (isa, name, threads, changes, seed))
+        served = together(engine_of(executor(name, way, threads), small_limits(**changes)), asks, seed)
+        must_equal(served, expected, asks, (way, name, threads, changes, seed))
 
 
 def test_the_servings_reach_what_they_are_for() -> None:
     """Prefixes found, requests preempted, drafts taken and refused, two steps under way."""
     asks = workload(1, 14, VOCAB, LONGEST, OUTPUTS)
     limits = small_limits(max_requests=4, max_tokens=23, num_blocks=[14], speculation="ngram", max_open_steps=2)
-    ahead = Ahead(executor("q4_1", ISAS[0], 2))
+    ahead = Ahead(executor("q4_1", WAYS[0], 2))
     engine = Engine(ahead, limits)
     together(engine, asks, 1)
     stats = engine.stats()

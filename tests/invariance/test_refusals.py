@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from graph.small_llama import Driver, config, random_weights
-from invariance.small_models import BLOCKS, ISAS, SLOTS, executor
+from invariance.small_models import BLOCKS, SLOTS, WAYS, executor
 
 from ridgeline.backends.cpu.executor import CpuExecutor
 from ridgeline.backends.cpu.lowering import plan_target
@@ -194,16 +194,16 @@ def good_batch() -> Batch:
 @pytest.fixture(scope="module")
 def native() -> CpuExecutor:
     """One executor for all refusals: each must leave it working."""
-    return executor("q4_1", ISAS[0], 2)
+    return executor("q4_1", WAYS[0], 2)
 
 
 @pytest.mark.parametrize("what", MALFORMED)
 def test_malformed_batches_are_refused(what: str) -> None:
-    fresh = executor("q4_1", ISAS[0], 2)
+    fresh = executor("q4_1", WAYS[0], 2)
     with pytest.raises(RidgelineError):
         fresh.launch(MALFORMED[what](good_batch()))
     output = fresh.finish(fresh.launch(good_batch()))
-    expected = executor("q4_1", ISAS[0], 1)
+    expected = executor("q4_1", WAYS[0], 1)
     assert output.token_ids.tolist() == expected.finish(expected.launch(good_batch())).token_ids.tolist()
     np.testing.assert_array_equal(fresh.last_logits, expected.last_logits)
 

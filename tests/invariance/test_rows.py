@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from graph.small_llama import config, graph, random_weights
-from invariance.small_models import BLOCKS, ISAS, MODELS, SLOTS, executor, model_of
+from invariance.small_models import BLOCKS, MODELS, SLOTS, WAYS, executor, model_of
 from ops.lone import batch_of
 from ops.sampling_rows import rows_of
 
@@ -33,14 +33,14 @@ def step(runs: Any, work: list[tuple[int, int, int]], rows: Any = None, **fields
 def test_pooled_rows_are_as_near_the_truth_as_plain_float32(name: str) -> None:
     """Though the head of an integer model reads them quantized: error at most twice that of numpy's float32."""
     work, rows = [(0, 0, 9), (1, 0, 33)], [2, 8, 9, 30, 41]
-    for isa in ISAS:
-        plan, weights = model_of(name, isa)
+    for way in WAYS:
+        plan, weights = model_of(name, way)
         truth, plain = (
             step(ReferenceExecutor(plan, weights, **SIZE, dtype=d), work, rows, target=POOL)[0].hidden.astype(float)
             for d in (np.float64, np.float32)
         )
         allowed = 2 * np.abs(plain - truth).max()
-        output, _ = step(executor(name, isa, 2), work, rows, target=POOL)
+        output, _ = step(executor(name, way, 2), work, rows, target=POOL)
         assert output.hidden.shape == truth.shape == (5, truth.shape[1])
         assert np.abs(output.hidden - truth).max() <= allowed
         assert (output.token_ids == -1).all() and (output.accepted == 1).all() and np.isnan(output.logprobs).all()
@@ -58,27 +58,27 @@ def test_the_plan_and_the_naive_graph_pool_the_same_rows() -> None:
 
 
 @pytest.mark.parametrize("name", ["q4_1", "bf16", "f32"])
-@pytest.mark.parametrize("isa", ISAS)
-def test_pooled_rows_keep_their_bits_in_any_company(isa: str, name: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_pooled_rows_keep_their_bits_in_any_company(way: str, name: str) -> None:
     """Alone, all rows at once, in chunks beside sampled rows, decoded one by one: the same hidden states."""
-    whole, _ = step(executor(name, isa, 2), [(2, 0, 24)], target=POOL)
-    mixed = executor(name, isa, 3)
+    whole, _ = step(executor(name, way, 2), [(2, 0, 24)], target=POOL)
+    mixed = executor(name, way, 3)
     parts = [step(mixed, [(0, 0, 40), (2, 0, 10)], [39, *range(40, 50)], target=[0, *[POOL] * 10])]
     parts.append(step(mixed, [(2, 10, 13), (0, 40, 1)], [*range(13), 13], target=[*[POOL] * 13, 0]))
     parts.append(step(mixed, [(2, 23, 1)], target=POOL))
     np.testing.assert_array_equal(np.concatenate([o.hidden for o, _ in parts]), whole.hidden)
     assert [o.token_ids[i] >= 0 for o, i in ((parts[0][0], 0), (parts[1][0], -1))] == [True, True]
-    alone = executor(name, isa, 1)
+    alone = executor(name, way, 1)
     step(alone, [(2, 0, 23)], [])
     assert step(alone, [(2, 23, 1)], target=POOL)[0].hidden.tobytes() == whole.hidden[23:].tobytes()
     assert np.isnan(alone.last_logits).all(), "a step that only pools has no logits"
     token = step(alone, [(2, 23, 1)])[0].token_ids
-    assert token == step(executor(name, isa, 1), [(2, 0, 24)], [23])[0].token_ids
+    assert token == step(executor(name, way, 1), [(2, 0, 24)], [23])[0].token_ids
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_scored_rows_are_the_log_softmax_of_their_logits(isa: str) -> None:
-    native = executor("q4_1", isa, 2)
+@pytest.mark.parametrize("way", WAYS)
+def test_scored_rows_are_the_log_softmax_of_their_logits(way: str) -> None:
+    native = executor("q4_1", way, 2)
     targets = np.arange(24) * 3
     output, _ = step(native, [(0, 0, 14), (1, 0, 10)], target=1 + targets, num_logprobs=np.arange(24) % 4 - 1)
     logits = native.last_logits.astype(np.float64)
@@ -104,7 +104,7 @@ def test_copied_blocks_hold_the_same_keys_and_values(name: str, threads: int) ->
     def make() -> Any:
         if name == "reference":
             return ReferenceExecutor(*model_of("q4_1", "generic"), **SIZE)
-        return executor(name, ISAS[0], threads)
+        return executor(name, WAYS[0], threads)
 
     runs, alone = make(), make()
     step(runs, [(0, 0, 40)], [])

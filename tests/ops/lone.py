@@ -110,21 +110,22 @@ class NativeGraph:
             "vocab": vocab or max(self._words, *(bound(w.shape[0]) for w in plan.weights.values())),
             "kv_dtype": heads.kv_dtype,
             "arena_bytes": plan.arena_bytes + SLACK,
-            "weight_bytes": packed_weight_bytes(plan, isa),
+            "weight_bytes": packed_weight_bytes(plan),
             "rope_frequency": list(heads.rope_frequency),
         }
         assert config["vocab"] * 4 <= SLACK
         self.native = _native.Executor(config)
         matrices = {
-            (v.name, gathered): self._pack(v, [weights[p] for p in v.info.parts], gathered)
-            for v, gathered in packings(plan, isa)
+            (value.name, role): self._pack(value, [weights[p] for p in value.info.parts], tiles)
+            for value, tiles, roles in packings(plan)
+            for role in roles
         }
         Lowering(plan, self.native, matrices, weights).run()
 
-    def _pack(self, value: Value, parts: Sequence[Weight], gathered: bool) -> Any:
+    def _pack(self, value: Value, parts: Sequence[Weight], tiles: bool) -> Any:
         info = value.info
         sources = [(p.tensor.data, p.row_order) for p in parts]
-        return self.native.pack(sources, info.format.name, bound(value.shape[1]), info.interleave, gathered)[0]
+        return self.native.pack(sources, info.format.name, bound(value.shape[1]), info.interleave, tiles)[0]
 
     def launch(self, batch: Batch) -> None:
         """Starts a step."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ridgeline.backends.cpu import _native
-from ridgeline.backends.cpu.lowering import Lowering, best_isa, damaged, packed_weight_bytes, packings
+from ridgeline.backends.cpu.lowering import Lowering, damaged, packed_weight_bytes, packings
 from ridgeline.core.errors import ConfigError, RidgelineError, UnsupportedError
 from ridgeline.core.types import Batch, Float32, StepOutput, Ticket, TokenMasks
 from ridgeline.graph.ir import Value, bound
@@ -84,7 +84,7 @@ class CpuExecutor:
         isas = _native.available_isas()
         if isa is not None and isa not in isas:
             raise ConfigError(f"isa {isa!r} cannot run on this machine: use {' or '.join(isas)}")
-        config = _geometry(plan, isa or best_isa()) | {
+        config = _geometry(plan) | {
             "isa": isa or "",
             "threads": threads or 0,
             "num_slots": num_slots,
@@ -111,19 +111,18 @@ class CpuExecutor:
     ) -> dict[tuple[str, bool], _native.PackedMatrix]:
         """Packs every matrix of the plan, in the order the plan reads them."""
         result: dict[tuple[str, bool], _native.PackedMatrix] = {}
-        for value, gathered in packings(plan, self.isa):
-            matrix = self._pack(value, [weights[name] for name in value.info.parts], gathered)
-            result[value.name, gathered] = matrix
-            result.setdefault((value.name, not gathered), matrix)
+        for value, tiles, roles in packings(plan):
+            matrix = self._pack(value, [weights[name] for name in value.info.parts], tiles)
+            result |= {(value.name, role): matrix for role in roles}
             for name in value.info.parts if packed else ():
                 packed(weights[name].tensor)  # type: ignore[misc]
         return result
 
-    def _pack(self, value: Value, parts: list[StoredWeight], gathered: bool) -> _native.PackedMatrix:
+    def _pack(self, value: Value, parts: list[StoredWeight], tiles: bool) -> _native.PackedMatrix:
         info = value.info
         sources = [(p.tensor.data, p.row_order) for p in parts]
         try:
-            matrix, bad = self.native.pack(sources, info.format.name, bound(value.shape[1]), info.interleave, gathered)
+            matrix, bad = self.native.pack(sources, info.format.name, bound(value.shape[1]), info.interleave, tiles)
         except ValueError as error:
             raise UnsupportedError(f"{', '.join(p.tensor.name for p in parts)}: {error}") from None
         if bad >= 0:
@@ -173,7 +172,7 @@ class CpuExecutor:
             raise RidgelineError(str(error)) from None
 
 
-def _geometry(plan: Plan, isa: str) -> dict[str, Any]:
+def _geometry(plan: Plan) -> dict[str, Any]:
     """What the native executor must know of the model and the largest step."""
     spec, ops = plan.caches[0], [op for segment in plan.segments for op in segment.ops]
     attention = next(op for op in ops if op.op == "attention")
@@ -189,7 +188,7 @@ def _geometry(plan: Plan, isa: str) -> dict[str, Any]:
         "vocab": bound(logits.shape[1]),
         "kv_dtype": spec.dtype,
         "arena_bytes": plan.arena_bytes,
-        "weight_bytes": packed_weight_bytes(plan, isa),
+        "weight_bytes": packed_weight_bytes(plan),
         "rope_frequency": _rope_frequencies(rope.attrs),
     }
 

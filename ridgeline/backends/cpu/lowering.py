@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,33 +27,47 @@ def best_isa() -> str:
     return _native.available_isas()[0]
 
 
-def plan_target(kv_dtype: str, isa: str | None) -> Target:
-    """What plans for ``isa`` (None: the best here) are compiled for."""
-    return cpu_target(kv_dtype, tiles=(isa or best_isa()) == "amx")
+def plan_target(kv_dtype: str, isa: str | None = None, activation_dtype: str = "auto") -> Target:
+    """What plans for ``isa`` (None: the best here) are compiled for; "auto" activations are those of large batches."""
+    if activation_dtype == "auto":
+        activation_dtype = "bf16" if (isa or best_isa()) == "amx" else "int8"
+    return cpu_target(kv_dtype, activation_dtype)
 
 
-def packings(plan: Plan, isa: str) -> list[tuple[Value, bool]]:
-    """The matrices of a plan, each with whether an embedding looks its rows up. One that is looked up and multiplied is
-    packed twice where no layout serves both: the tiles of four-bit weights hold their minima rounded."""
+class Packing(NamedTuple):
+    """A matrix in one layout: as tiles, which quantized weights that multiply bf16 activations take, or not; and whom
+    it serves, embeddings that look its rows up (True), linears (False) or both."""
+
+    value: Value
+    tiles: bool
+    roles: tuple[bool, ...]
+
+
+def packings(plan: Plan) -> list[Packing]:
+    """The matrices of a plan as they are packed: one that is looked up and multiplied twice where no layout serves
+    both, since the tiles of four-bit weights hold their minima rounded."""
     ops = [op for segment in plan.segments for op in segment.ops]
-    gathered, multiplied = ({op.inputs[1] for op in ops if op.op == name} for name in ("embed", "linear"))
+    gathered = {op.inputs[1] for op in ops if op.op == "embed"}
+    by_bf16 = {op.inputs[1] for op in ops if op.op == "linear" and op.inputs[0].dtype == "bf16"}
     result = []
     for value in plan.weights.values():
         if len(value.shape) != 2:
             continue
-        layouts = {_native.is_tiled(value.info.format.name, isa, role) for role in (True, False)}
-        twice = value in gathered and value in multiplied and len(layouts) == 2
-        result += [(value, True), (value, False)] if twice else [(value, value in gathered)]
+        tiles = value in by_bf16 and value.info.format.kind == "int"
+        if tiles and value in gathered and value.info.format.name != "q8_0":
+            result += [Packing(value, False, (True,)), Packing(value, True, (False,))]
+        else:
+            result.append(Packing(value, tiles, (True, False)))
     return result
 
 
-def packed_weight_bytes(plan: Plan, isa: str) -> int:
-    """Bytes of all matrices of a plan once packed for ``isa``. Raises UnsupportedError for a shape without a layout."""
+def packed_weight_bytes(plan: Plan) -> int:
+    """Bytes of all matrices of a plan once packed. Raises UnsupportedError for a shape without a layout."""
     total = 0
-    for value, gathered in packings(plan, isa):
+    for value, tiles, _ in packings(plan):
         n, k = bound(value.shape[0]), bound(value.shape[1])
         try:
-            total += _native.packed_bytes(value.info.format.name, n, k, isa, gathered)
+            total += _native.packed_bytes(value.info.format.name, n, k, tiles)
         except ValueError as error:
             raise UnsupportedError(f"weight {value.name}: {error}") from None
     return total
@@ -152,14 +166,11 @@ class Lowering:
         x, weight = op.inputs
         out = op.outputs[0]
         gated = op.attrs["epilogue"] == "silu_mul"
-        matrix = self._matrices[weight.name, False]
-        if matrix.is_tiled and x.dtype != "bf16":
-            raise UnsupportedError(f"{weight.name} is packed for tiles, the plan for another instruction set")
         self._native.add_linear(
             f"linear {weight.name}",
             self._place(x),
             self._place(out),
-            matrix,
+            self._matrices[weight.name, False],
             gated,
             out.dtype,
             _rows(out),
