@@ -10,13 +10,11 @@
 namespace ridgeline::RL_ISA {
 
 inline constexpr int kStreamRows = 16;  // up to here reading the weights matters beside the arithmetic
-// With more requests, products leave memory time for the cache. On tiles two do: unpacking takes longer than reading.
-// (For one, what attention gains the products lose.)
-#if defined(RL_ISA_AMX)
-inline constexpr int kBusyRows = 1;
-#else
-inline constexpr int kBusyRows = kStreamRows;
-#endif
+// With more requests, products leave memory time for the cache. Weights unpacked for tiles do so from two on, since that
+// takes longer than reading. (For one, what attention gains the products lose.)
+inline constexpr int busy_rows(Format f) { return is_tiled(f) ? 1 : kStreamRows; }
+// Lines of the cache fetched with each group of K of a product: on tiles there is one for 32 rows.
+inline constexpr int lines_per_group(Format f) { return is_tiled(f) ? 2 * kLinesPerGroup : kLinesPerGroup; }
 inline constexpr size_t kFetchAhead = 16384;  // bytes further on that weights are fetched
 
 // Hands out, piece by piece, the cache that this thread's next attention tasks read. Enough rows keep a product busy
@@ -27,10 +25,10 @@ class CacheAhead {
     const int size = w.team.size();
     const size_t first = (size_t)((long)s.requests * w.thread / size);
     const size_t last = (size_t)((long)s.requests * (w.thread + 1) / size);
-    const bool spare = s.one_each && s.requests > kBusyRows && a.next_layer >= 0 && is_quantized(a.w.format);
+    const bool spare = s.one_each && s.requests > busy_rows(a.w.format) && a.next_layer >= 0 && is_quantized(a.w.format);
     begin_ = spare ? s.read_starts[first] : 0;
     blocks_ = spare ? s.read_starts[last] - begin_ : 0;
-    span_ = std::max(1, (int)((size_t)(a.w.k / kGroup) * kLinesPerGroup * 64 / (s.cache.run_bytes / kCluster)));
+    span_ = std::max(1, (int)((size_t)(a.w.k / kGroup) * lines_per_group(a.w.format) * 64 / (s.cache.run_bytes / kCluster)));
     if (blocks_ && w.fetch_layer != a.next_layer) w.fetch_layer = a.next_layer, w.fetched = 0;
   }
 

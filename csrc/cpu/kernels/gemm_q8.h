@@ -38,11 +38,7 @@ RL_UNROLL
   }
 }
 
-#if defined(RL_ISA_AMX)
-inline constexpr int kLinesPerGroup = 8;  // fetched from `elsewhere`
-#else
-inline constexpr int kLinesPerGroup = 4;
-#endif
+inline constexpr int kLinesPerGroup = 4;  // fetched from `elsewhere`
 
 // acc[r] += minimum * (scale_a * sum a) of one group; sums[r] points at the row's scaled sums.
 template <int R>

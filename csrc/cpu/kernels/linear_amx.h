@@ -159,7 +159,7 @@ RL_UNROLL
   // Of the cache, in the first of some parts of a product.
   Fetch ahead(int parts) {
     const uint8_t* at = cache_.take();
-    return at ? Fetch{at, parts * kLinesPerGroup} : Fetch{};
+    return at ? Fetch{at, parts * lines_per_group(kFormat)} : Fetch{};
   }
 
   void store_plain(uint8_t* row, int unit, F32 a, F32 b) const {
