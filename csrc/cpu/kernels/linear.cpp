@@ -34,7 +34,7 @@ inline __attribute__((always_inline)) void gemm(F32 (&out)[R][2], const PackedMa
   if constexpr (is_quantized(kFormat)) {
     constexpr bool kEight = kFormat == Format::Q8_0;
     if (kEight && cold && R > 2) fetch_panel(panel + w.panel_bytes, w.panel_bytes);
-    gemm_q8<kFormat, R>(out, w.k, panel, (const int8_t*)x, stride, cold && !kEight ? kFetchAhead : 0,
+    gemm_q8<kFormat, R>(out, w.k, panel, (const int8_t*)x, stride, cold && (!kEight || R <= 2) ? kFetchAhead : 0,
                         elsewhere);
   } else {
     gemm_float<kFormat, R>(out, w.k, panel, x, stride);
