@@ -207,6 +207,11 @@ def number(metric: str, value: float) -> str:
     return f"{value:.2f}" if metric == "first" else f"{value:,.0f}"
 
 
+def times(prefix: str, ratio: dict[str, float]) -> str:
+    """One of our engines' ratios to a rival: the median, and its range below."""
+    return f"{prefix}[bold]{ratio['median']:.2f}[/]\n[dim]{ratio['min']:.2f} to {ratio['max']:.2f}[/]"
+
+
 def show(result: dict[str, Any], chosen: list[Engine], seconds: float, console: Console) -> None:
     """The table: medians with their range, and how far ahead of the best peer and of llama.cpp we are."""
     foreign = result["foreign_cores"]
@@ -219,11 +224,10 @@ def show(result: dict[str, Any], chosen: list[Engine], seconds: float, console: 
     table.add_column("")
     for engine in chosen:
         table.add_column(engine.label, justify="right", style="bold" if engine.name in OURS else "")
-    seen = {key for entry in result["metrics"].values() for key in entry["ratio"]}
-    shown = [prefix + key for prefix in OURS.values() for key in RIVALS if prefix + key in seen]
+    seen = {key.split()[-1] for entry in result["metrics"].values() for key in entry["ratio"]}
+    shown = [key for key in RIVALS if key in seen]
     for key in shown:
-        prefix, _, rival = key.rpartition(" ")
-        table.add_column(f"{prefix} {RIVALS[rival]}".strip(), justify="right")
+        table.add_column(RIVALS[key], justify="right")
     for metric, entry in result["metrics"].items():
         cells = [METRICS[metric]]
         for engine in chosen:
@@ -235,9 +239,8 @@ def show(result: dict[str, Any], chosen: list[Engine], seconds: float, console: 
             mark = "[green]" if engine.name == entry["best_peer"] else "[default]"
             cells.append(f"{mark}{number(metric, stats['median'])}[/]\n[dim]{low} to {high}[/]")
         for key in shown:
-            ratio = entry["ratio"].get(key)
-            text = f"[bold]{ratio['median']:.2f}[/]\n[dim]{ratio['min']:.2f} to {ratio['max']:.2f}[/]" if ratio else "-"
-            cells.append(text)
+            found = {prefix: entry["ratio"].get(prefix + key) for prefix in OURS.values()}
+            cells.append("\n".join(times(prefix, ratio) for prefix, ratio in found.items() if ratio) or "-")
         table.add_row(*cells)
     console.print(table)
     console.print("[dim]green: the best peer of the row. A ratio above 1 means that Ridgeline is better.[/]")
@@ -275,7 +278,7 @@ def main() -> int:
     if options.install is not None:
         install.install(options.install)
         return 0
-    log, console = Console(stderr=True), Console(width=None if sys.stdout.isatty() else 140)
+    log, console = Console(stderr=True), Console(width=None if sys.stdout.isatty() else 160)
     chosen = [engine for engine in engines() if engine.name in options.engines.split(",")]
     for engine in chosen:
         if missing := engine.missing():

@@ -1,6 +1,6 @@
 """How much quality the engine's arithmetic costs, beside llama.cpp on the same file and text.
 
-    python bench/quality.py [--tokens 20000] [--kv-dtype auto|bf16|f16|f32|int8]
+    python bench/quality.py [--tokens 20000] [--activation-dtype auto|int8|bf16] [--kv-dtype auto|bf16|f16|f32|int8]
 
 Over windows of 512 tokens spread over CPython's ``pydoc_data.topics``, the next-token distribution of
 every position is compared with that of transformers in float32 on the dequantized weights: mean
@@ -129,7 +129,7 @@ def _hf_names(weights: dict[str, Any], rotary_heads: dict[str, int]) -> dict[str
     return state
 
 
-def ridgeline(path: Path, threads: int, kv_dtype: str) -> Logits:
+def ridgeline(path: Path, threads: int, **dtypes: str) -> Logits:
     """Our native executor, one window a step, every row sampled."""
     from ridgeline.core.config import EngineConfig
     from ridgeline.core.types import SAMPLING_DTYPE, Batch
@@ -138,7 +138,7 @@ def ridgeline(path: Path, threads: int, kv_dtype: str) -> Logits:
     config = EngineConfig(
         model=str(path),
         threads=threads,
-        kv_dtype=kv_dtype,
+        **dtypes,
         max_num_seqs=WINDOW,  # as many rows may be sampled
         max_num_batched_tokens=WINDOW,
         max_model_len=WINDOW,
@@ -268,6 +268,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--kv-dtype", default="auto", choices=["auto", "bf16", "f16", "f32", "int8"], help="ours")
+    parser.add_argument("--activation-dtype", default="auto", choices=["auto", "int8", "bf16"], help="ours")
     parser.add_argument("--model", type=Path, default=None, help="a GGUF of the llama architecture (default: smollm2)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-ridgeline", action="store_true", help="llama.cpp alone")
@@ -278,6 +279,7 @@ def main() -> int:
         log.print("llama.cpp is not installed: python bench/compare.py --install llamacpp")
         return 1
     settings: dict[str, Any] = {"threads": options.threads, "context": WINDOW}
+    dtypes = {"activation_dtype": options.activation_dtype, "kv_dtype": options.kv_dtype}
     default = LlamaCpp(install.LLAMACPP_SOURCE, path, flash="auto", **settings)
     plain = LlamaCpp(install.LLAMACPP_SOURCE, path, flash="off", **settings)
     engines: dict[str, Logits] = {
@@ -285,7 +287,7 @@ def main() -> int:
         f"{BASE}, flash attention off": apart(plain.all_logits),
     }
     if not options.no_ridgeline:
-        engines[OURS] = ridgeline(path, options.threads, options.kv_dtype)
+        engines[OURS] = ridgeline(path, options.threads, **dtypes)
     texts = windows(default.tokenize(topics_text()), options.tokens)
     scores = compare(texts, oracle(path, options.threads), engines, log)
     result = summarize(scores)
@@ -294,7 +296,7 @@ def main() -> int:
     passed = verdict(result[OURS]) if OURS in result else {}
     for name, ok in passed.items():
         console.print(f"{name}: {'[green]holds[/]' if ok else '[red]missed[/]'}")
-    print(json.dumps({"tokens": total, "kv_dtype": options.kv_dtype, "engines": result, "bars": passed}))
+    print(json.dumps({"tokens": total, **dtypes, "engines": result, "bars": passed}))
     return 0 if all(passed.values()) else 1
 
 

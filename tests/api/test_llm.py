@@ -292,6 +292,8 @@ def test_public_names_come_when_asked_for() -> None:
         ({"kv_cache_bytes": "1GiB", "num_kv_blocks": 3}, "give one of them"),
         ({"backend": "reference", "threads": 2}, "the reference backend takes no threads"),
         ({"backend": "reference", "isa": "generic"}, "the reference backend takes no isa"),
+        ({"activation_dtype": "fp8"}, "activation_dtype must be one of auto, int8, bf16"),
+        ({"backend": "cuda", "activation_dtype": "int8"}, "the cuda backend takes no activation_dtype"),
     ],
 )
 def test_options_that_cannot_work(values: dict[str, Any], message: str) -> None:
