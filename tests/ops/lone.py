@@ -115,11 +115,10 @@ class NativeGraph:
         }
         assert config["vocab"] * 4 <= SLACK
         self.native = _native.Executor(config)
-        matrices = {
-            (value.name, role): self._pack(value, [weights[p] for p in value.info.parts], tiles)
-            for value, tiles, roles in packings(plan)
-            for role in roles
-        }
+        matrices = {}
+        for value, tiles, roles in packings(plan):
+            matrix = self._pack(value, [weights[p] for p in value.info.parts], tiles)
+            matrices |= {(value.name, role): matrix for role in roles}
         Lowering(plan, self.native, matrices, weights).run()
 
     def _pack(self, value: Value, parts: Sequence[Weight], tiles: bool) -> Any:
