@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 from ridgeline.backends.cuda.emulated import EmulatedDevice
@@ -10,6 +11,7 @@ from ridgeline.engine.engine import Engine, EngineLimits
 from tests.gpu.scripts import Script, play, same
 from tests.gpu.shadow import Shadowed
 from tests.gpu.small_model import model, sizes_for
+from tests.graph.small_llama import Driver
 from tests.invariance.workloads import alone, one_hash, together, workload
 
 
@@ -27,6 +29,20 @@ def script(seed: int, kind: dict[str, Any], steps: int = 8, arch: str = "sm_90",
     first = play(Script(seed, windows, vocab), quiet, steps, 1)
     if invariant:
         same(play(Script(seed, windows, vocab), made_of(kind, seed + 1, arch), steps, 2), first)
+
+
+def long(seed: int, kind: dict[str, Any], tokens: int, arch: str = "sm_90") -> int:
+    """A request of so many tokens, decoded with others beside it, every step beside numpy. Returns the steps."""
+    rng = Random(seed)
+    ids = [rng.randrange(150) for _ in range(tokens)]
+    beside = Shadowed(made_of(kind, seed, arch), *model(**kind))
+    driver = Driver(beside, sum(sizes_for(model(**kind)[1])["num_blocks"]), 16, seed)
+    while (at := driver.lengths.get(0, 0)) < tokens - 3:
+        driver.step([(0, ids[at : min(at + 32, tokens - 3)])])
+    driver.step([(0, ids[-3:-2])])
+    driver.step([(1, ids[:5]), (0, ids[-2:-1])])
+    driver.step([(0, ids[-1:]), (1, ids[5:6])])
+    return beside.steps
 
 
 def serve(seed: int, kind: dict[str, Any], requests: int = 3, **changes: Any) -> int:

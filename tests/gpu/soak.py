@@ -22,8 +22,12 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path[:0] = [folder for folder in ("tests",) if folder not in sys.path]  # as pytest has it: graph, invariance
 
+from tests.gpu import small_model  # noqa: E402
 from tests.gpu.remembered import clear, remember  # noqa: E402
-from tests.gpu.runs import script, serve  # noqa: E402
+from tests.gpu.runs import long, script, serve  # noqa: E402
+
+small_model.SIZES |= {"num_blocks": [100], "max_blocks_per_slot": 50}
+LONGEST = 700  # tokens: attention then merges parts of several chunks of keys
 
 
 def draw(seed: int) -> dict[str, Any]:
@@ -56,7 +60,10 @@ def run(seed: int) -> int:
     script(seed, kind, rng.randint(4, 10), rng.choice(["sm_80", "sm_90"]))
     changes = {"max_tokens": rng.choice([7, 20, 32]), "max_open_steps": rng.choice([1, 2])}
     changes |= {"speculation": rng.choice([None, "ngram"]), "ngram_min": 1, "prefix_sharing": rng.random() < 0.8}
-    return serve(seed, kind, rng.randint(1, 4), **changes)
+    steps = serve(seed, kind, rng.randint(1, 4), **changes)
+    if len(set(kind["windows"])) < 2 and rng.random() < 0.25:
+        steps += long(seed, kind, rng.randint(250, LONGEST), rng.choice(["sm_80", "sm_90"]))
+    return steps
 
 
 def main() -> int:
