@@ -9,7 +9,10 @@ import pytest
 
 import ridgeline
 from ridgeline import LLM, ConfigError, EngineConfig, RequestError, RidgelineError, SamplingParams
+from ridgeline.api.commands import _alone
 from ridgeline.core.config import parse_bytes
+from ridgeline.core.formats import FORMATS
+from ridgeline.engine.planning import activation_dtype, cache_dtype
 from tests.api.sim_runtime import EOS, LIMITS, expected, sim_runtime
 from tests.sim.model import logprob, state_row
 from tests.sim.small import hidden_states, solo
@@ -324,6 +327,21 @@ def test_pool_and_context_sizes() -> None:
         EngineConfig(max_model_len=513).model_len(512)
     with pytest.raises(ConfigError, match="KV blocks, above"):
         EngineConfig(max_num_seqs=2**30, max_num_batched_tokens=2**30).pool_blocks(8192)
+
+
+def test_activations_are_the_fastest_for_batches_unless_one_request_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RIDGELINE_ISA", raising=False)
+    chosen = {isa: activation_dtype(EngineConfig(isa=isa)) for isa in ("generic", "avx512", "amx")}
+    assert chosen == {"generic": "int8", "avx512": "int8", "amx": "bf16"}
+    assert activation_dtype(EngineConfig(isa="amx", activation_dtype="int8")) == "int8"
+    assert cache_dtype(EngineConfig(isa="amx"), 64, [FORMATS["q4_1"]]) == "int8"
+    assert cache_dtype(EngineConfig(isa="amx", activation_dtype="int8"), 64, [FORMATS["q4_1"]]) == "bf16"
+    with pytest.raises(ConfigError, match="bf16 needs AMX and this engine's instruction set is avx512"):
+        activation_dtype(EngineConfig(isa="avx512", activation_dtype="bf16"))
+    flags = {"activation_dtype": "auto", "backend": "cpu", "speculation": None}
+    assert _alone(flags)["activation_dtype"] == "int8"
+    for other in ({"backend": "cuda"}, {"speculation": "ngram"}, {"activation_dtype": "bf16"}):
+        assert _alone(flags | other) == flags | other
 
 
 def test_isa_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

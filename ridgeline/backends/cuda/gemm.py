@@ -149,7 +149,8 @@ def pick(table: tuple[Tile, ...], m: int, regular: bool, out: torch.Tensor, room
         roomy: or the second.
     """
     if not regular:
-        return replace(table[1 if roomy and m > table[0].rows else 0], num_warps=8, num_stages=2, per_sm=1)
+        tile = table[1 if roomy and m > table[0].rows else 0]
+        return replace(tile, block_n=64, num_warps=8, num_stages=2, per_sm=1)
     if out.stride(0) % 16 and m > table[0].rows:
         return replace(table[1], block_n=64, num_warps=8, per_sm=1)
     return next(tile for tile in table if m <= tile.rows)

@@ -45,7 +45,7 @@ order, so a row's bits do not hang on it. The split over K is counted in these, 
 CONFIGS: dict[str, tuple[Tile, ...]] = {
     "sm_80": (
         Tile(16, 16, 64, BLOCK_K, num_warps=4, num_stages=5, per_sm=3),
-        Tile(64, 64, 64, BLOCK_K, num_warps=4, num_stages=4, per_sm=2),
+        Tile(64, 64, 128, BLOCK_K, num_warps=4, num_stages=4, per_sm=2),
         Tile(MANY, 128, 128, BLOCK_K, num_warps=8, num_stages=3, per_sm=1),
     ),
     "sm_90": (
