@@ -106,19 +106,29 @@ RL_UNROLL
       const uint8_t* panel = a_.w.data + (size_t)(index + p) * a_.w.panel_bytes;
       multiply(panel, soon(index + p));
       const float* scales = (const float*)(panel + column_scales_at(kFormat, groups_));
-      for (int row = 0; row < pending_; row++) {
-        const float* first = sums_[row / (2 * kTileRows)][row / kTileRows % 2 * 2] + row % kTileRows * kTile;
-        const F32 a = scaled(first, scales), b = scaled(first + 256, scales + kTile);
-        uint8_t* out = s_.at(a_.out, (size_t)numbers_[row]);
-        if (panels() == 1) {
-          store_plain(out, unit, a, b);
-        } else if (pair && p == 0) {
-          store_f(low_[row], gated(a, b));
-        } else {
-          const F32 y = gated(a, b);
-          store_gated(out, unit, pair, pair ? load_f(low_[row]) : y, y);
-        }
+      if (panels() == 1) {
+        store_plain(unit, scales);
+      } else if (pair && p == 0) {
+        each_row(scales, [low = low_, dtype = a_.out_dtype](int i, uint8_t*, F32 a, F32 b) { store_f(low[i], gated(dtype, a, b)); });
+      } else {
+        store_gated(unit, pair, scales);
       }
+    }
+  }
+
+  // body(a row's place among those pending, where its output begins, its sums of column tiles a and b, scaled), with all
+  // that it wants in registers: what it stores could be anything to a compiler.
+  template <class Body>
+  void each_row(const float* scales, Body body) const {
+    const F32 scale[2] = {load_f(scales), load_f(scales + kTile)};
+    uint8_t* const out = s_.at(a_.out);
+    const size_t stride = a_.out.stride;
+    const int* const numbers = numbers_;
+    for (int row = 0; row < pending_; row += kTileRows) {
+      const float* sums = sums_[row / (2 * kTileRows)][row / kTileRows % 2 * 2];
+      const int end = std::min(row + kTileRows, pending_);
+      for (int i = row; i < end; i++, sums += kTile)
+        body(i, out + (size_t)numbers[i] * stride, scaled(sums, scale[0]), scaled(sums + 256, scale[1]));
     }
   }
 
@@ -152,41 +162,48 @@ RL_UNROLL
     const size_t begin = unit_begin_ ? (size_t)((long)units * w_.thread / w_.team.size()) * columns / kPanel : 0;
     return next.w.data + begin * next.w.panel_bytes + (size_t)(panel - end) * a_.w.panel_bytes;
   }
-  static F32 scaled(const float* sums, const float* scales) {
-    return is_tiled(kFormat) ? mul(load_f(sums), load_f(scales)) : load_f(sums);
+  static F32 scaled(const float* sums, F32 scale) {
+    return is_tiled(kFormat) ? mul(load_f(sums), scale) : load_f(sums);
   }
-  F32 gated(F32 gate, F32 up) const { return mul(a_.out_dtype == Dtype::F32 ? silu(gate) : silu_short(gate), up); }
+  static F32 gated(Dtype out, F32 gate, F32 up) { return mul(out == Dtype::F32 ? silu(gate) : silu_short(gate), up); }
   // Of the cache, in the first of some parts of a product.
   Fetch ahead(int parts) {
     const uint8_t* at = cache_.take();
     return at ? Fetch{at, parts * lines_per_group(kFormat)} : Fetch{};
   }
 
-  void store_plain(uint8_t* row, int unit, F32 a, F32 b) const {
+  void store_plain(int unit, const float* scales) const {
     const int column = unit * kPanel, width = std::min(kPanel, a_.w.n - column);
-    float* out = (float*)row + column;
-    if (width == kPanel) {
-      store_f(out, a);
-      store_f(out + kTile, b);
-      return;
-    }
-    float both[kPanel];
-    store_f(both, a);
-    store_f(both + kTile, b);
-    std::memcpy(out, both, 4 * (size_t)width);
+    each_row(scales, [column, width](int, uint8_t* row, F32 a, F32 b) {
+      float* out = (float*)row + column;
+      if (width == kPanel) {
+        store_f(out, a);
+        store_f(out + kTile, b);
+        return;
+      }
+      float both[kPanel];
+      store_f(both, a);
+      store_f(both + kTile, b);
+      std::memcpy(out, both, 4 * (size_t)width);
+    });
   }
 
-  void store_gated(uint8_t* row, int unit, bool pair, F32 low, F32 high) const {
-    if (a_.out_dtype == Dtype::Q8) {
-      const Q8Place at = q8_place(row, a_.w.n / 2, unit);
-      store_q8<1>(&low, &high, &at);
-    } else if (pair) {
-      store_pair(a_.out_dtype, row, 2 * unit, low, high);
-    } else if (a_.out_dtype == Dtype::BF16) {
-      store_bf16(row + 64 * (size_t)unit, low);
-    } else {
-      store_f(row + 128 * (size_t)unit, low);
-    }
+  // `pair`: low_ holds what the unit's first panel gave.
+  void store_gated(int unit, bool pair, const float* scales) const {
+    each_row(scales, [unit, pair, low = low_, dtype = a_.out_dtype, k = a_.w.n / 2](int i, uint8_t* row, F32 a, F32 b) {
+      const F32 y = gated(dtype, a, b);
+      if (dtype == Dtype::Q8) {
+        const Q8Place at = q8_place(row, k, unit);
+        const F32 first = load_f(low[i]);
+        store_q8<1>(&first, &y, &at);
+      } else if (pair) {
+        store_pair(dtype, row, 2 * unit, load_f(low[i]), y);
+      } else if (dtype == Dtype::BF16) {
+        store_bf16(row + 64 * (size_t)unit, y);
+      } else {
+        store_f(row + 128 * (size_t)unit, y);
+      }
+    });
   }
 
   const LinearArgs& a_;
