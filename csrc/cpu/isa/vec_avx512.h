@@ -131,6 +131,15 @@ inline I32 shift_right(I32 a) { return _mm512_srli_epi32(a, kBits); }
 template <int kBits>
 inline I32 shift_left(I32 a) { return _mm512_slli_epi32(a, kBits); }
 inline void store_low_bytes(void* p, I32 x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
+// The low byte of each lane as one of the four bytes of each word at p, the others being left.
+inline void store_byte_of_words(void* p, int byte, I32 x) {
+  _mm512_mask_storeu_epi8(p, 0x1111111111111111u << byte, _mm512_sll_epi32(x, _mm_cvtsi32_si128(8 * byte)));
+}
+// Sixteen 16-bit numbers as one of the two halves of each word at p.
+inline void store_half_of_words(void* p, int half, const uint16_t* x) {
+  const I32 wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
+  _mm512_mask_storeu_epi16(p, 0x55555555u << half, _mm512_sll_epi32(wide, _mm_cvtsi32_si128(16 * half)));
+}
 // Both halves of the 64-bit products of unsigned lanes.
 inline void mul_wide(I32 a, uint32_t by, I32& high, I32& low) {
   const I32 b = splat_i((int32_t)by);

@@ -194,6 +194,12 @@ inline void store_low_bytes(void* p, I32 x) {
   for (int i = 0; i < 16; i++) b[i] = (uint8_t)x[i];
   std::memcpy(p, b, 16);
 }
+inline void store_byte_of_words(void* p, int byte, I32 x) {
+  for (int i = 0; i < 16; i++) ((uint8_t*)p)[4 * i + byte] = (uint8_t)x[i];
+}
+inline void store_half_of_words(void* p, int half, const uint16_t* x) {
+  for (int i = 0; i < 16; i++) ((uint16_t*)p)[2 * i + half] = x[i];
+}
 inline void mul_wide(I32 a, uint32_t by, I32& high, I32& low) {
   for (int i = 0; i < 16; i++) {
     const uint64_t product = (uint64_t)(uint32_t)a[i] * by;

@@ -63,23 +63,24 @@ inline F32 inverse_scale(float most, float largest) {
   return min(div(splat(most), splat(largest)), splat(std::numeric_limits<float>::max()));
 }
 
-// Codes of n values in int8 plus `offset`, relative to the largest magnitude; returns their scale.
-inline float quantize_head(const float* x, int n, int offset, uint8_t* codes) {
+// store(i, codes from i on, 16 each) of n values in int8, relative to the largest magnitude; returns their scale.
+template <class Store>
+inline float quantize_head(const float* x, int n, Store store) {
   const float largest = magnitude(x, n);
   const F32 inverse = inverse_scale(127.0f, largest);
-  for (int i = 0; i < n; i += 16)
-    store_low_bytes(codes + i, add_i(to_i(mul(load_f(x + i), inverse)), splat_i(offset)));
+  for (int i = 0; i < n; i += 16) store(i, to_i(mul(load_f(x + i), inverse)));
   return largest / 127.0f;
 }
 
 // Writes one token's key and value of one head to an int8 cache.
 inline void write_int8_head(uint8_t* keys, uint8_t* values, int token, int head_dim, const float* k, const float* v) {
   alignas(64) uint8_t codes[kMaxHeadDim];
-  ((float*)(keys + kBlock * head_dim))[token] = quantize_head(k, head_dim, 128, codes);
+  ((float*)(keys + kBlock * head_dim))[token] =
+      quantize_head(k, head_dim, [&](int d, I32 code) { store_low_bytes(codes + d, add_i(code, splat_i(128))); });
   for (int d = 0; d < head_dim / 4; d++) std::memcpy(keys + 4 * (d * kBlock + token), codes + 4 * d, 4);
-  ((float*)(values + kBlock * head_dim))[token] = quantize_head(v, head_dim, 0, codes);
-  uint8_t* row = values + (size_t)(token / 4) * 4 * head_dim + token % 4;
-  for (int d = 0; d < head_dim; d++) row[4 * d] = codes[d];
+  uint8_t* row = values + (size_t)(token / 4) * 4 * head_dim;
+  ((float*)(values + kBlock * head_dim))[token] =
+      quantize_head(v, head_dim, [&](int d, I32 code) { store_byte_of_words(row + 4 * d, token % 4, code); });
 }
 
 // A rotated query as planes of bytes (high, then low) and what completes them.
@@ -113,8 +114,8 @@ inline void write_head(uint8_t* keys, uint8_t* values, int token, int head_dim, 
   } else {
     for (int d = 0; d < head_dim / 2; d++) ((uint32_t*)keys)[d * kBlock + token] = ((uint32_t*)packed)[d];
     convert<kType>(packed, v, head_dim);
-    uint16_t* row = (uint16_t*)values + token / 2 * head_dim * 2 + token % 2;
-    for (int d = 0; d < head_dim; d++) row[2 * d] = ((uint16_t*)packed)[d];
+    uint32_t* row = (uint32_t*)values + token / 2 * head_dim;
+    for (int d = 0; d < head_dim; d += 16) store_half_of_words(row + d, token % 2, (uint16_t*)packed + d);
   }
 }
 
