@@ -77,7 +77,7 @@ def _options(record: FlightRecord, model: str | None, isa: str | None, threads: 
     if environment.backend == "cpu":
         same = isa in (None, environment.isa)  # another instruction set may multiply other activations
         options |= {"isa": isa or environment.isa, "threads": threads or environment.threads}
-        options["activation_dtype"] = environment.activation_dtype if same else "auto"
+        options["activation_dtype"] = (environment.activation_dtype if same else "") or "auto"
     try:
         EngineConfig(**options)
     except TypeError as error:

@@ -27,16 +27,15 @@ def activation_dtype(config: EngineConfig) -> str:
 
     Raises ConfigError where bf16 is asked for and the instruction set has no tiles.
     """
-    from ridgeline.backends.cpu.lowering import best_isa
+    from ridgeline.backends.cpu.lowering import best_activation_dtype, best_isa
 
-    isa = config.isa or best_isa()
-    if config.activation_dtype == "bf16" and isa != "amx":
+    best = best_activation_dtype(config.isa)
+    if config.activation_dtype == "bf16" and best != "bf16":
         raise ConfigError(
-            f"activation_dtype bf16 needs AMX and this engine's instruction set is {isa}: leave it out, or take int8"
+            "activation_dtype bf16 needs AMX and this engine's instruction set is "
+            f"{config.isa or best_isa()}: leave it out, or take int8"
         )
-    if config.activation_dtype != "auto":
-        return config.activation_dtype
-    return "bf16" if isa == "amx" else "int8"
+    return best if config.activation_dtype == "auto" else config.activation_dtype
 
 
 def cache_dtype(config: EngineConfig, head_dim: int, formats: Iterable[WeightFormat]) -> str:
