@@ -24,6 +24,10 @@ RL_UNROLL
   for (int r = 0; r < R; r++)
 RL_UNROLL
     for (int c = 0; c < C; c++) high[r][c] = low[r][c] = zero_i();
+  if (next) {
+RL_UNROLL
+    for (int c = 0; c < C; c++) prefetch(next[c] + 16 * dim);  // the scales
+  }
   for (int d = 0; d < dim; d += 4) {
     I32 k[C];
 RL_UNROLL
@@ -125,6 +129,7 @@ template <int R>
 inline void int8_output(const uint8_t* const* p, const float* scales, const uint8_t* const* values, int blocks,
                         int dim, float* o, const uint8_t* const* next) {
   constexpr int C = kInt8Vectors<R>;
+  for (int b = 0; next && b < blocks; b++) prefetch(next[b] + 16 * dim);  // the scales
   int at = 0;
   for (; at + 16 * C <= dim; at += 16 * C) int8_columns<R, C>(p, scales, values, blocks, dim, at, o, next);
   for (; at < dim; at += 16) int8_columns<R, 1>(p, scales, values, blocks, dim, at, o, next);
