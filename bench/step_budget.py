@@ -1,6 +1,6 @@
 """Where a step's time goes: seconds per kind of operator at several batch shapes, beside the roofline.
 
-    python bench/step_budget.py [--model smollm2] [--threads 2] [--shapes 1,8,32,512] [--context 192]
+    python bench/step_budget.py [--model smollm2] [--threads 2] [--shapes 1,8,32,512] [--context 192] [--scatter]
 
 A shape of up to 64 is that many requests decoding at --context; a larger one is a prompt of that length.
 """
@@ -29,15 +29,12 @@ BLOCK = 16
 PREFILL = 512  # tokens of a step that only fills the cache
 
 
-def make_batch(slots: list[int], first: int, each: int, table: int, vocab: int, seed: int) -> Batch:
-    """A request for each slot with tokens at positions ``first`` to ``first + each``.
-
-    Slot s has blocks ``s * table`` to ``(s + 1) * table`` to itself.
-    """
+def make_batch(slots: list[int], first: int, each: int, tables: np.ndarray, vocab: int, seed: int) -> Batch:
+    """A request for each slot with tokens at positions ``first`` to ``first + each``; its blocks are ``tables[slot]``."""
     requests, blocks = len(slots), -(-(first + each) // BLOCK)
     sampling = np.zeros(requests, SAMPLING_DTYPE)
     sampling["num_logprobs"] = -1
-    updates = [(s, i, s * table + i) for s in slots for i in range(blocks)]
+    updates = [(s, i, tables[s, i]) for s in slots for i in range(blocks)]
     return Batch(
         token_ids=np.random.default_rng(seed).integers(0, vocab, requests * each).astype(np.int32),
         positions=np.tile(np.arange(first, first + each, dtype=np.int32), requests),
@@ -51,12 +48,12 @@ def make_batch(slots: list[int], first: int, each: int, table: int, vocab: int, 
 
 
 def measure(
-    executor: CpuExecutor, shape: int, context: int, table: int, vocab: int, seconds: float
+    executor: CpuExecutor, shape: int, context: int, tables: np.ndarray, vocab: int, seconds: float
 ) -> tuple[float, dict[str, float]]:
     """Median step in seconds, and the mean seconds per kind of operator."""
 
     def run(slots: list[int], first: int, each: int, seed: int = 0) -> float:
-        batch = make_batch(slots, first, each, table, vocab, seed)
+        batch = make_batch(slots, first, each, tables, vocab, seed)
         start = time.perf_counter()
         executor.finish(executor.launch(batch))
         return time.perf_counter() - start
@@ -95,6 +92,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="1,8,32,512")
     parser.add_argument("--context", type=int, default=192)
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--scatter", action="store_true", help="blocks at random places, as after hours of serving")
     args = parser.parse_args()
     model = load_model(args.model)
     target = plan_target(args.kv_dtype, args.isa, args.activation_dtype)
@@ -113,6 +111,8 @@ def main() -> None:
         threads=args.threads,
         isa=args.isa,
     )
+    blocks = np.arange(DECODE_AT_MOST * table)
+    tables = (np.random.default_rng(0).permutation(blocks) if args.scatter else blocks).reshape(DECODE_AT_MOST, table)
     peaks = measure_peaks(args.threads, args.isa)
     print(
         f"{args.model}, {executor.isa}, {executor.threads} threads: {peaks.bandwidth / 1e9:.1f} GB/s, "
@@ -120,7 +120,7 @@ def main() -> None:
     )
     results = {}
     for shape in shapes:
-        step, kinds = measure(executor, shape, args.context, table, model.config.vocab_size, args.seconds)
+        step, kinds = measure(executor, shape, args.context, tables, model.config.vocab_size, args.seconds)
         requests = [(args.context - 1, 1)] * shape if shape <= DECODE_AT_MOST else [(0, shape)]
         least = roofline(plan.cost(Load.of(requests)), peaks).seconds
         results[str(shape)] = {"step_ms": step * 1e3, "roofline_share": least / step}

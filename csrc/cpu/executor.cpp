@@ -38,10 +38,10 @@ Executor::Executor(const ExecutorConfig& config)
       arena_(config.arena_bytes) {
   KvCache& cache = step_.cache;
   cache.dtype = config.kv_dtype;
-  cache.run_bytes = (size_t)kCluster * kBlock * kv_row_bytes(config.kv_dtype, config.head_dim);
-  cache.layer_bytes = (size_t)config.kv_heads * 2 * cache.run_bytes;
-  cache.cluster_bytes = cache.layer_bytes * config.layers;
-  cache_ = Region(cache.cluster_bytes * (round_up((size_t)config.num_blocks, kCluster) / kCluster));
+  cache.keys_bytes = kBlock * kv_row_bytes(config.kv_dtype, config.head_dim);
+  cache.layer_bytes = (size_t)config.kv_heads * 2 * cache.keys_bytes;
+  cache.block_bytes = cache.layer_bytes * config.layers;
+  cache_ = Region(cache.block_bytes * (size_t)config.num_blocks);
   cache.base = cache_.data();
   rope_capacity_ = (int)round_up((size_t)config.max_blocks_per_slot * kBlock, kRopeStep);
   rope_ = Region((size_t)rope_capacity_ * config.head_dim * sizeof(float));
@@ -321,18 +321,13 @@ void Executor::plan_sampling(const BatchView& b) {
   step_.hidden_rows = hidden_rows_.data();
 }
 
-// Each thread copies some heads of some layers of every block.
+// Each thread copies some layers of every block.
 void Executor::copy_blocks(int thread) {
   const KvCache& cache = step_.cache;
-  const int heads = config_.layers * config_.kv_heads, count = (int)block_copies_.size() / 2 * heads;
-  const int begin = (int)((long)count * thread / team_.size()), end = (int)((long)count * (thread + 1) / team_.size());
-  for (int i = begin; i < end; i++) {
-    const int32_t* blocks = &block_copies_[(size_t)(i / heads) * 2];
-    const int layer = i % heads / config_.kv_heads, head = i % config_.kv_heads;
-    const uint8_t* from = cache.keys(blocks[0], layer, head);
-    uint8_t* to = cache.keys(blocks[1], layer, head);
-    std::memcpy(to, from, cache.block_bytes());
-    std::memcpy(to + cache.run_bytes, from + cache.run_bytes, cache.block_bytes());
+  const long begin = (long)config_.layers * thread / team_.size(), end = (long)config_.layers * (thread + 1) / team_.size();
+  for (size_t i = 0; i < block_copies_.size(); i += 2) {
+    const uint8_t* from = cache.keys(block_copies_[i], (int)begin, 0);
+    std::memcpy(cache.keys(block_copies_[i + 1], (int)begin, 0), from, (size_t)(end - begin) * cache.layer_bytes);
   }
 }
 

@@ -29,33 +29,26 @@ struct AttentionTask {
   int32_t num_splits;
 };
 
-// The paged cache. 16 blocks of 16 tokens lie together as a cluster: per layer and KV head first the keys of its
-// 16 blocks, then their values, so that a sequence whose blocks were allocated in a row is read as two long streams.
-// A block's keys are [head_dim / P][16 tokens][P], its values [16 tokens / P][head_dim][P], P = 2 for bf16 (the
-// pairs its dot product takes), 4 for int8, else 1. An int8 block's keys (codes plus 128) and its values (codes) are
-// each followed by the 16 tokens' fp32 scales.
+// The paged cache: [block][layer][KV head][keys, values], so that what a layer reads of a block lies together wherever
+// the block is. A block's keys are [head_dim / P][16 tokens][P], its values [16 tokens / P][head_dim][P], P = 2 for
+// bf16 (the pairs its dot product takes), 4 for int8, else 1. An int8 block's keys (codes plus 128) and its values
+// (codes) are each followed by the 16 tokens' fp32 scales.
 struct KvCache {
   uint8_t* base = nullptr;
-  size_t cluster_bytes = 0;
-  size_t layer_bytes = 0;  // of a cluster
-  size_t run_bytes = 0;    // one head's keys (or values) in a cluster
+  size_t block_bytes = 0;
+  size_t layer_bytes = 0;  // of a block
+  size_t keys_bytes = 0;   // of one head's keys (or values) in it
   Dtype dtype = Dtype::BF16;
 
-  // The keys of one KV head in a block; its values follow run_bytes later.
-  uint8_t* keys(int block, int layer, int head) const;
-  size_t block_bytes() const;  // of those keys
+  // The keys of one KV head in a block; its values follow keys_bytes later.
+  uint8_t* keys(int block, int layer, int head) const {
+    return base + (size_t)block * block_bytes + (size_t)layer * layer_bytes + (size_t)head * 2 * keys_bytes;
+  }
 };
-inline constexpr int kCluster = 16;  // blocks
 // Bytes of one token's key (or value) of one head.
 inline size_t kv_row_bytes(Dtype dtype, int head_dim) {
   return dtype == Dtype::Q8 ? (size_t)head_dim + 4 : (size_t)head_dim * (dtype == Dtype::F32 ? 4 : 2);
 }
-inline size_t KvCache::block_bytes() const { return run_bytes / kCluster; }
-inline uint8_t* KvCache::keys(int block, int layer, int head) const {
-  return base + (size_t)(block / kCluster) * cluster_bytes + (size_t)layer * layer_bytes +
-         (size_t)head * 2 * run_bytes + (size_t)(block % kCluster) * block_bytes();
-}
-
 inline constexpr int kBlock = 16;         // tokens per KV block
 inline constexpr int kMaxHeadDim = 256;
 inline constexpr int kMaxTileRows = 48;   // query rows of one attention task: tokens times heads sharing a KV head
@@ -93,7 +86,8 @@ struct Worker {
   int thread;
   int shares;        // calls of Team::share in this step
   uint8_t* scratch;  // this thread's own, at least kScratchBytes
-  int fetch_layer = -1, fetched = 0;  // the layer whose cache is being fetched, and how much of it is
+  int fetch_layer = -1;                // the layer whose cache is being fetched,
+  int fetched = 0, fetched_lines = 0;  // how many blocks of it are, and lines of the one after them
 };
 inline constexpr size_t kScratchBytes = 2 << 20;
 

@@ -189,10 +189,10 @@ inline void output_columns(const uint8_t* const* p, const uint8_t* const* values
 // wanted next, or null. If given, the values are fetched while the scores are computed, and those keys after that.
 template <Dtype kType, int R>
 __attribute__((noinline)) void chunk_partial(const uint8_t* const* q, const uint8_t* const* keys, const int* limits,
-                                             int dim, float scale, size_t run_bytes, const uint8_t* const* next, Scratch& x) {
+                                             int dim, float scale, size_t keys_bytes, const uint8_t* const* next, Scratch& x) {
   const uint8_t *values[kChunk / kBlock], *p[R];
   int seen = *std::max_element(limits, limits + R), blocks = (seen + 15) / 16;
-  for (int b = 0; b < blocks; b++) values[b] = keys[b] + run_bytes;
+  for (int b = 0; b < blocks; b++) values[b] = keys[b] + keys_bytes;
   if constexpr (kType == Dtype::Q8) {
     float scales[R];
     int8_scores<R, kChunk>(q, keys, blocks, dim, scale, x.scores[0], next ? values : nullptr);
@@ -308,7 +308,7 @@ struct Task {
         q[count++] = query(r);
       }
       if (count == 0) continue;
-      partials[count](q, keys, limits, dim, a.scale * 1.44269504f, s.cache.run_bytes, next, x);
+      partials[count](q, keys, limits, dim, a.scale * 1.44269504f, s.cache.keys_bytes, next, x);
       for (int i = 0; i < count; i++) absorb(at[i], chunk, x.m[i], x.l[i], x.partial[i]);
     }
   }
@@ -326,7 +326,7 @@ struct Task {
       if (first == end) continue;
       TileScratch& t = x.tiles;
       tile_chunk(x.queries + 2 * (size_t)first * dim, end - first, keys, limits, dim, a.scale * 1.44269504f,
-                 s.cache.run_bytes, next, t, x.configured);
+                 s.cache.keys_bytes, next, t, x.configured);
       for (int r = first; r < end; r++) absorb(r, chunk, t.m[r - first], t.l[r - first], t.outputs[r - first]);
     }
   }
@@ -350,7 +350,7 @@ struct Task {
         q[r - first] = query(r);
       }
       if (first == end) continue;
-      int8_tile_chunk(q, end - first, keys, limits, a.rope.head_dim, a.scale * 1.44269504f, s.cache.run_bytes, copies,
+      int8_tile_chunk(q, end - first, keys, limits, a.rope.head_dim, a.scale * 1.44269504f, s.cache.keys_bytes, copies,
                       tiles, x.configured);
       copies = 0;
       for (int r = first, i = 0; r < end; r++, i++) absorb(r, chunk, tiles.m[i], tiles.l[i], tiles.outputs[i]);

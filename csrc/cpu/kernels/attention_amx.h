@@ -132,11 +132,11 @@ inline bool all_outputs_finite(const TileScratch& x, int rows, int dim) {
 // The partials of up to 16 rows over one chunk into x.m, x.l and x.outputs. `configured`: rows the tiles are shaped
 // for. `next`: 16 blocks of keys wanted after this, or null; if given, values and then those keys are fetched.
 inline void tile_chunk(const uint8_t* q, int rows, const uint8_t* const* keys, const int* limits, int dim, float scale,
-                       size_t run_bytes, const uint8_t* const* next, TileScratch& x, int& configured) {
+                       size_t keys_bytes, const uint8_t* const* next, TileScratch& x, int& configured) {
   if (configured != rows) configure_attention(configured = rows);
   const int seen = *std::max_element(limits, limits + rows), blocks = (seen + kBlock - 1) / kBlock;
   const uint8_t* values[kChunkBlocks];
-  for (int b = 0; b < blocks; b++) values[b] = keys[b] + run_bytes;
+  for (int b = 0; b < blocks; b++) values[b] = keys[b] + keys_bytes;
   tile_fence();
   tile_scores(q, keys, blocks, dim, x, next ? values : nullptr);
   for (int r = 0; r < rows; r++)
@@ -150,7 +150,7 @@ inline void tile_chunk(const uint8_t* q, int rows, const uint8_t* const* keys, c
     tile_outputs(values, blocks, dim, at, std::min(4, (dim - at) / 16), x, at ? nullptr : next);
   if (rows == 1 || *std::min_element(limits, limits + rows) == seen || all_outputs_finite(x, rows, dim)) return;
   for (int r = rows - 1; r >= 0; r--) {  // the result of a lone row is left in row 0
-    tile_chunk(q + 2 * (size_t)r * dim, 1, keys, limits + r, dim, scale, run_bytes, nullptr, x, configured);
+    tile_chunk(q + 2 * (size_t)r * dim, 1, keys, limits + r, dim, scale, keys_bytes, nullptr, x, configured);
     x.m[r] = x.m[0];
     x.l[r] = x.l[0];
     std::memcpy(x.outputs[r], x.outputs[0], 4 * (size_t)dim);

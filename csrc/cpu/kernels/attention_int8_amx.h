@@ -165,22 +165,22 @@ inline void int8_tile_outputs(int rows, int steps, int dim, Int8TileScratch& x) 
 }
 
 // The values of a chunk's blocks one after another, without their scales.
-inline void copy_int8_values(const uint8_t* const* keys, size_t run_bytes, int blocks, int dim, Int8TileScratch& x) {
+inline void copy_int8_values(const uint8_t* const* keys, size_t keys_bytes, int blocks, int dim, Int8TileScratch& x) {
   const size_t bytes = (size_t)kBlock * dim;
   for (int b = 0; b < blocks; b++)
-    for (size_t i = 0; i < bytes; i += 64) store_i(x.values + b * bytes + i, load_i(keys[b] + run_bytes + i));
+    for (size_t i = 0; i < bytes; i += 64) store_i(x.values + b * bytes + i, load_i(keys[b] + keys_bytes + i));
 }
 
 // The partials of up to 16 rows over one chunk: x.m, x.l and the first rows of x.outputs. q: the rows' queries, each
 // followed by its Int8Query; head_dim a multiple of 64. `copies`: how many blocks of values to copy, 0 if x.values holds
 // what the rows see. `configured`: rows the tiles are shaped for.
 inline void int8_tile_chunk(const uint8_t* const* q, int rows, const uint8_t* const* keys, const int* limits, int dim,
-                            float scale, size_t run_bytes, int copies, Int8TileScratch& x, int& configured) {
+                            float scale, size_t keys_bytes, int copies, Int8TileScratch& x, int& configured) {
   if (configured != rows) configure_int8(configured = rows);
   const int seen = *std::max_element(limits, limits + rows), blocks = (seen + kBlock - 1) / kBlock;
   const int steps = (blocks + kStepBlocks - 1) / kStepBlocks;
   const uint8_t* values[kChunk / kBlock];
-  for (int b = 0; b < blocks; b++) values[b] = keys[b] + run_bytes;
+  for (int b = 0; b < blocks; b++) values[b] = keys[b] + keys_bytes;
   for (int r = 0; r < rows; r++) {
     for (int d = 0; d < dim; d += 64) {
       store_i(x.queries[0] + (size_t)r * dim + d, load_i(q[r] + d));
@@ -196,7 +196,7 @@ inline void int8_tile_chunk(const uint8_t* const* q, int rows, const uint8_t* co
     int8_tile_scores(q, rows, part, limits, b, dim, scale, x);
   }
   for (int r = 0; r < rows; r++) int8_tile_weights(r, limits[r], values, steps, dim, x);
-  copy_int8_values(keys, run_bytes, copies, dim, x);
+  copy_int8_values(keys, keys_bytes, copies, dim, x);
   tile_fence();
   int8_tile_outputs(rows, steps, dim, x);
 }

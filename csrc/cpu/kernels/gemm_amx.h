@@ -13,6 +13,7 @@
 #pragma once
 
 #include "isa/isa.h"
+#include "kernels/fetch.h"
 #include "packed.h"
 
 namespace ridgeline::RL_ISA {
@@ -87,12 +88,6 @@ RL_UNROLL
   }
 }
 
-// What is fetched into the cache while a product runs: some lines with each group of K.
-struct Fetch {
-  const uint8_t* at = nullptr;
-  int lines = 0;
-};
-
 // Up to 32 rows of activations by one panel.
 struct TileProduct {
   const uint8_t* x;        // [blocks of 16 rows][tiles of K][rows][64 bytes], then the sums of groups if there are minima
@@ -103,7 +98,8 @@ struct TileProduct {
   int groups, begin, end;
   const uint8_t* next;     // as many bytes as a panel has are fetched from here: weights that are wanted soon
   size_t next_bytes;       // of a panel
-  Fetch fetch;
+  Runs elsewhere;  // fetched as well,
+  int lines;       // so much with each group of K
   float (*sums)[256];      // out: four tiles of 16 by 16, as many as there are rows for; a later part adds to them
 };
 
@@ -161,7 +157,8 @@ __attribute__((noinline)) void tile_product(const TileProduct& p) {
   const size_t groups = (size_t)p.groups, begin = (size_t)p.begin, end = (size_t)p.end;
   start_sums<kFormat, kBlocks>(p);
   // What lies behind a panel's records is fetched with them.
-  const uint8_t *elsewhere = p.fetch.at, *rest = p.next + groups * kRecord;
+  Fetcher fetcher(p.elsewhere);
+  const uint8_t* rest = p.next + groups * kRecord;
   const size_t rest_lines = ((p.next_bytes - groups * kRecord) / 64 + groups - 1) / groups;
   auto slot = [&](size_t g) { return p.unpacked + (p.ring ? g % kRing : g - begin) * kGroupTiles; };
   for (size_t g = begin; g < end + kLag; g++) {
@@ -176,7 +173,7 @@ RL_UNROLL
         unpack_group<kFormat>(record + kCodes, record + 2 * kCodes + 32, to + kTileBytes);
       }
     }
-    for (int line = 0; line < p.fetch.lines; line++, elsewhere += 64) prefetch(elsewhere);
+    fetcher.fetch(p.lines);
     tile_fence();
     if (g < begin + kLag) continue;
     const size_t h = g - kLag;

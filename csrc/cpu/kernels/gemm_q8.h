@@ -7,6 +7,7 @@
 #pragma once
 
 #include "isa/isa.h"
+#include "kernels/fetch.h"
 #include "packed.h"
 
 namespace ridgeline::RL_ISA {
@@ -38,7 +39,7 @@ RL_UNROLL
   }
 }
 
-inline constexpr int kLinesPerGroup = 4;  // fetched from `elsewhere`
+inline constexpr int kLinesPerGroup = 6;  // of other memory, fetched meanwhile
 
 // acc[r] += minimum * (scale_a * sum a) of one group; sums[r] points at the row's scaled sums.
 template <int R>
@@ -54,11 +55,10 @@ RL_UNROLL
 }
 
 // out[r] = row r of `a` (q8 rows, `stride` bytes apart) times a panel. Meanwhile what lies `ahead` bytes
-// further on is fetched into the cache, if ahead is not 0, or memory from `elsewhere`, if that is not null.
+// further on is fetched into the cache, if ahead is not 0, and what is wanted from `elsewhere`.
 template <Format kFormat, int R>
 inline __attribute__((always_inline)) void gemm_q8(F32 (&out)[R][2], int k, const uint8_t* panel, const int8_t* a,
-                                                   size_t stride, size_t ahead,
-                                                   const uint8_t* elsewhere) {
+                                                   size_t stride, size_t ahead, const Runs& elsewhere) {
   constexpr int kRecord = record_bytes(kFormat), kCodes = code_bytes(kFormat);
   constexpr bool kMinimum = kFormat == Format::Q4_1;
   constexpr bool kOnePass = R <= 2;  // more rows have no registers for both chains: the panel is in the cache by then
@@ -73,6 +73,7 @@ RL_UNROLL
     out[r][0] = out[r][1] = low[r][0] = low[r][1] = zero_f();
   }
   const uint8_t* record = panel;
+  Fetcher fetcher(elsewhere);
   for (int g = 0; g < k / kGroup; g++, record += kRecord) {
     I32 acc[R][2];
 RL_UNROLL
@@ -92,11 +93,7 @@ RL_UNROLL
         }
       }
     }
-    if (elsewhere) {
-RL_UNROLL
-      for (int line = 0; line < kLinesPerGroup; line++) prefetch(elsewhere + 64 * line);
-      elsewhere += 64 * kLinesPerGroup;
-    }
+    fetcher.fetch(kLinesPerGroup);
     dot_group<kFormat, R>(acc, record, rows);
     const F32 scale[2] = {load_f16(record + kCodes), load_f16(record + kCodes + 32)};
 RL_UNROLL

@@ -27,7 +27,7 @@ inline constexpr int kMaxInt8Query = 127 * 128 + 63;
 // Bytes of one query value: bf16 beside a bf16 cache, else fp32 (an int8 query fits in as much).
 inline constexpr size_t query_bytes(Dtype cache) { return cache == Dtype::BF16 ? 2 : 4; }
 
-// The keys of one KV head in a block; its values follow run_bytes later.
+// The keys of one KV head in a block; its values follow keys_bytes later.
 inline uint8_t* keys_at(const KvCache& c, int block, int layer, int head) {
   return c.keys(block, layer, head);
 }
@@ -145,7 +145,7 @@ inline void rope_key_value(const RopeKvArgs& a, const Step& s, int t, int h) {
   rotate(rotated, keys, s.rope_cos + at, s.rope_sin + at, half);
   int block = s.block_tables[s.request_of[t]][position / kBlock];
   uint8_t* at_block = keys_at(s.cache, block, a.layer, h);
-  write_head<kType>(at_block, at_block + s.cache.run_bytes, position % kBlock, dim, rotated,
+  write_head<kType>(at_block, at_block + s.cache.keys_bytes, position % kBlock, dim, rotated,
                     keys + (size_t)a.kv_heads * dim);
 }
 

@@ -19,6 +19,7 @@ namespace {
 constexpr int kMaxRows = 8;  // rows of one register block
 // Six rows by a panel keep all accumulators in registers; for few rows, eight read the weights fewer times.
 constexpr int kManyRows = 6;
+constexpr int kStreamRows = 16;  // few: up to here reading the weights matters beside the arithmetic
 
 // Starts to bring a panel into the cache. With 8-bit records a core asks for this many lines ahead of eight rows
 // of arithmetic only when told so beforehand (docs/perf-log.md).
@@ -26,30 +27,70 @@ inline void fetch_panel(const uint8_t* panel, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) prefetch(panel + i);
 }
 
-// R rows by one panel. `cold`: this thread has not read the panel yet; else there is room to fetch `elsewhere`.
+// Columns of the output computed together: a panel's, or two panels' where gates leave half of them.
+inline int columns_of(const LinearArgs& a) { return a.epilogue == Epilogue::None ? kPanel : 2 * kPanel; }
+inline int units_of(const LinearArgs& a) { return (a.w.n + columns_of(a) - 1) / columns_of(a); }
+inline const uint8_t* unit_at(const LinearArgs& a, int unit) {
+  return a.w.data + (size_t)unit * (columns_of(a) / kPanel) * a.w.panel_bytes;
+}
+
+// What this thread's next products read, fetched while these compute: first its next unit of weights, then the cache.
+class Ahead {
+ public:
+  Ahead(const LinearArgs& a, CacheAhead& cache) : cache_(cache), groups_(a.w.k / kGroup) {}
+
+  void expect(const uint8_t* weights, size_t bytes) { at_ = weights, end_ = weights + bytes; }
+  Runs take() {  // what one product fetches
+    if (at_ >= end_) return cache_.take(groups_, kLinesPerGroup);
+    at_ += piece();
+    return {at_ - piece(), groups_, nullptr, 0, 0, groups_};
+  }
+  void hurry() {  // what one more product would leave of the weights is fetched at once
+    for (; end_ - at_ > (long)piece(); at_ += 64) prefetch(at_);
+  }
+
+ private:
+  size_t piece() const { return (size_t)groups_ * kLinesPerGroup * 64; }
+
+  CacheAhead& cache_;
+  const int groups_;
+  const uint8_t *at_ = nullptr, *end_ = nullptr;
+};
+
+// R rows by one panel. `stream`: it is not in the cache yet, so what lies further on is fetched as it is read.
 template <Format kFormat, int R>
 inline __attribute__((always_inline)) void gemm(F32 (&out)[R][2], const PackedMatrix& w, const uint8_t* panel,
-                                                const uint8_t* x, size_t stride, bool cold,
-                                                [[maybe_unused]] const uint8_t* elsewhere) {
+                                                const uint8_t* x, size_t stride, bool stream,
+                                                [[maybe_unused]] Ahead& ahead) {
   if constexpr (is_quantized(kFormat)) {
     constexpr bool kEight = kFormat == Format::Q8_0;
-    if (kEight && cold && R > 2) fetch_panel(panel + w.panel_bytes, w.panel_bytes);
-    gemm_q8<kFormat, R>(out, w.k, panel, (const int8_t*)x, stride, cold && (!kEight || R <= 2) ? kFetchAhead : 0,
-                        elsewhere);
+    if (kEight && stream && R > 2) fetch_panel(panel + w.panel_bytes, w.panel_bytes);
+    gemm_q8<kFormat, R>(out, w.k, panel, (const int8_t*)x, stride, stream && (!kEight || R <= 2) ? kFetchAhead : 0, ahead.take());
   } else {
     gemm_float<kFormat, R>(out, w.k, panel, x, stride);
   }
 }
 
-// One register block: R rows from `row` by one panel, or by two with a gated epilogue. `cold`: this thread's first.
+// A thread's rectangle of a product.
+struct Share {
+  int unit_begin, unit_end, row_begin, row_end;
+  Share(int units, int rows, const Worker& w) {
+    const int threads = w.team.size();
+    int bands = std::clamp(rows / Team::kRowBlock, 1, threads);
+    while (threads % bands) bands--;
+    const int per_band = threads / bands, band = w.thread / per_band, place = w.thread % per_band;
+    row_begin = (int)((long)rows * band / bands), row_end = (int)((long)rows * (band + 1) / bands);
+    unit_begin = (int)((long)units * place / per_band), unit_end = (int)((long)units * (place + 1) / per_band);
+  }
+};
+
+// One register block: R rows from `row` by one panel, or by two with a gated epilogue. `stream`: as above.
 template <Format kFormat, int R>
-__attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const uint8_t* x, int unit, int row, bool cold,
-                                     CacheAhead& cache) {
+__attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const uint8_t* x, int unit, int row, bool stream,
+                                     Ahead& ahead) {
   F32 acc[R][2];
-  auto elsewhere = [&] { return cold ? nullptr : cache.take(); };
   if (a.epilogue == Epilogue::None) {
-    gemm<kFormat, R>(acc, a.w, a.w.data + (size_t)unit * a.w.panel_bytes, x, a.x.stride, cold,
-                     elsewhere());
+    gemm<kFormat, R>(acc, a.w, a.w.data + (size_t)unit * a.w.panel_bytes, x, a.x.stride, stream, ahead);
     int column = unit * kPanel, width = std::min(kPanel, a.w.n - column);
     for (int r = 0; r < R; r++) {
       float* out = (float*)s.at(a.out, row + r) + column;
@@ -68,10 +109,10 @@ __attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const u
   // A panel is 16 columns of gate, then 16 of up: two of them give 32 columns of silu(gate) * up, one group.
   const uint8_t* panel = a.w.data + (size_t)unit * 2 * a.w.panel_bytes;
   F32 low[R];
-  gemm<kFormat, R>(acc, a.w, panel, x, a.x.stride, cold, elsewhere());
+  gemm<kFormat, R>(acc, a.w, panel, x, a.x.stride, stream, ahead);
   for (int r = 0; r < R; r++) low[r] = mul(silu(acc[r][0]), acc[r][1]);
   bool pair = (unit + 1) * 2 * kPanel <= a.w.n;
-  if (pair) gemm<kFormat, R>(acc, a.w, panel + a.w.panel_bytes, x, a.x.stride, cold, elsewhere());
+  if (pair) gemm<kFormat, R>(acc, a.w, panel + a.w.panel_bytes, x, a.x.stride, stream, ahead);
   F32 high[R];
   for (int r = 0; r < R; r++) high[r] = mul(silu(acc[r][0]), acc[r][1]);
   if (a.out_dtype == Dtype::Q8) {
@@ -92,7 +133,7 @@ __attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const u
   }
 }
 
-using Block = void (*)(const LinearArgs&, const Step&, const uint8_t*, int, int, bool, CacheAhead&);
+using Block = void (*)(const LinearArgs&, const Step&, const uint8_t*, int, int, bool, Ahead&);
 
 template <Format kFormat>
 constexpr Block kBlocks[kMaxRows + 1] = {nullptr,           block<kFormat, 1>, block<kFormat, 2>,
@@ -128,36 +169,37 @@ bool on_tiles([[maybe_unused]] const LinearArgs& a, [[maybe_unused]] const Step&
 
 void linear(const LinearArgs& a, const Step& s, Worker& w) {
   const Block* blocks = blocks_of(a.w.format);
-  const int rows = s.rows(a.rows), columns = a.epilogue == Epilogue::None ? kPanel : 2 * kPanel;
-  const int units = (a.w.n + columns - 1) / columns;
+  const int rows = s.rows(a.rows), units = units_of(a);
   CacheAhead cache(a, s, w);
   if (on_tiles(a, s, w, cache, units)) return;
-  auto run = [&](int unit, int row_begin, int row_end, bool cold) {
+  Ahead ahead(a, cache);
+  // `cold`: this thread has not read the unit yet. `next`: the one it reads next, to be fetched meanwhile, or null.
+  auto run = [&](int unit, int row_begin, int row_end, bool cold, const uint8_t* next) {
     const int count = row_end - row_begin, most = rows <= kStreamRows ? kMaxRows : kManyRows, parts = (count + most - 1) / most;
+    const bool fetched = parts > 1 && next && is_quantized(a.w.format);
+    if (fetched) ahead.expect(next, unit_at(a, 1) - unit_at(a, 0));
     for (int b = 0; b < parts; b++) {  // parts differ by at most one row
       int from = row_begin + count * b / parts, to = row_begin + count * (b + 1) / parts;
       const uint8_t* x = s.at(a.x, rows == 1 && a.per_thread ? w.thread : from);
-      blocks[to - from](a, s, x, unit, from, cold && b == 0, cache);
+      if (b == parts - 1) ahead.hurry();
+      blocks[to - from](a, s, x, unit, from, cold && b == 0 && !fetched, ahead);
     }
   };
-  const int threads = w.team.size();
   if (w.team.has_blocks(rows)) {  // each thread computes its own rows and reads all the weights
     for (int unit = 0; unit < units; unit++) {
       bool cold = true;
       w.team.own(w.thread, rows, [&](int begin, int end) {
-        run(unit, begin, end, cold);
+        run(unit, begin, end, cold, nullptr);
         cold = false;
       });
     }
     return;
   }
   // Else each has a fixed rectangle, so that its weights stay in its caches from step to step.
-  int bands = std::clamp(rows / Team::kRowBlock, 1, threads);
-  while (threads % bands) bands--;
-  const int per_band = threads / bands, band = w.thread / per_band, place = w.thread % per_band;
-  const int row_begin = (int)((long)rows * band / bands), row_end = (int)((long)rows * (band + 1) / bands);
-  const int unit_begin = (int)((long)units * place / per_band), unit_end = (int)((long)units * (place + 1) / per_band);
-  for (int unit = unit_begin; unit < unit_end; unit++) run(unit, row_begin, row_end, true);
+  const Share share(units, rows, w);
+  const uint8_t* after = a.next ? unit_at(*a.next, Share(units_of(*a.next), s.rows(a.next->rows), w).unit_begin) : nullptr;
+  for (int unit = share.unit_begin; unit < share.unit_end; unit++)
+    run(unit, share.row_begin, share.row_end, true, unit + 1 < share.unit_end ? unit_at(a, unit + 1) : after);
 }
 
 }  // namespace ridgeline::RL_ISA

@@ -13,6 +13,7 @@
 
 namespace ridgeline::RL_ISA {
 
+inline constexpr int kTileLines = 8;             // of the cache, fetched with each group of K
 inline constexpr size_t kRowsBytes = 1 << 20;   // of activations prepared at a time, half the second-level cache
 inline constexpr size_t kSpareBytes = 224 << 10;  // of scratch, for what is kept of each row and rounding up
 inline constexpr int kMostRows = 1024;
@@ -140,9 +141,10 @@ RL_UNROLL
       const int begin = groups_ * part / parts, end = groups_ * (part + 1) / parts;
       for (int row = 0; row < pending_; row += 2 * kTileRows) {
         const uint8_t* x = x_ + (size_t)(row / kTileRows) * x_block();
-        const Fetch fetch = part == 0 ? ahead(parts) : Fetch{};
+        // Of the cache, in the first part.
+        const Runs elsewhere = part == 0 ? cache_.take(end, parts * kTileLines) : Runs{};
         const TileProduct product{x,       x_tile(), x_block(), panel, unpacked_,        ring,  groups_,
-                                  begin,   end,      next,      a_.w.panel_bytes, fetch, sums_[row / (2 * kTileRows)]};
+                                  begin,   end,      next,      a_.w.panel_bytes, elsewhere, parts * kTileLines, sums_[row / (2 * kTileRows)]};
         if (pending_ - row > kTileRows) {
           row == 0 ? tile_product<kFormat, 2, true>(product) : tile_product<kFormat, 2, false>(product);
         } else {
@@ -166,11 +168,6 @@ RL_UNROLL
     return is_tiled(kFormat) ? mul(load_f(sums), scale) : load_f(sums);
   }
   static F32 gated(Dtype out, F32 gate, F32 up) { return mul(out == Dtype::F32 ? silu(gate) : silu_short(gate), up); }
-  // Of the cache, in the first of some parts of a product.
-  Fetch ahead(int parts) {
-    const uint8_t* at = cache_.take();
-    return at ? Fetch{at, parts * lines_per_group(kFormat)} : Fetch{};
-  }
 
   void store_plain(int unit, const float* scales) const {
     const int column = unit * kPanel, width = std::min(kPanel, a_.w.n - column);
