@@ -73,12 +73,15 @@ inline F32 exp2(F32 x) {
 
 inline F32 silu(F32 x) { return div(x, add(splat(1.0f), exp(sub(zero_f(), x)))); }
 
-#if defined(RL_ISA_AMX)
-// The same to a relative error of 1e-5, for what is rounded to fewer bits: a division takes as long as all of it.
+// The same, where there is an estimated reciprocal to a relative error of 1e-5, for what is rounded to fewer bits: a
+// division takes as long as all of it.
 inline F32 silu_short(F32 x) {
+#if defined(RL_ISA_AMX) || defined(RL_ISA_AVX512)
   const F32 power = min(splat(126.0f), mul(x, splat(-1.44269504f)));  // operand order lets a NaN through
   return mul(x, reciprocal(add(splat(1.0f), exp2<true>(power))));
-}
+#else
+  return silu(x);
 #endif
+}
 
 }  // namespace ridgeline::RL_ISA

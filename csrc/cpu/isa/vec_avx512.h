@@ -52,6 +52,8 @@ inline F32 dot_bf16(F32 acc, I32 a, I32 b) { return _mm512_dpbf16_ps(acc, (__m51
 inline F32 load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline void store_f16(void* p, F32 x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, 0)); }
 inline void store_bf16(void* p, F32 x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+// Both rounded to bf16, a's sixteen first.
+inline I32 pack_bf16(F32 a, F32 b) { return (I32)_mm512_cvtne2ps_pbh(b, a); }
 inline void store_i8(void* p, I32 x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x)); }
 
 inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }

@@ -111,6 +111,12 @@ inline void store_bf16(void* p, F32 x) {
   }
   std::memcpy(p, h, 32);
 }
+inline I32 pack_bf16(F32 a, F32 b) {
+  uint16_t both[2 * 16];
+  store_bf16(both, a);
+  store_bf16(both + 16, b);
+  return load_i(both);
+}
 inline void store_i8(void* p, I32 x) {
   int8_t b[16];
   for (int i = 0; i < 16; i++) b[i] = (int8_t)(x[i] < -128 ? -128 : x[i] > 127 ? 127 : x[i]);

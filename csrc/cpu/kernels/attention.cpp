@@ -101,21 +101,26 @@ inline void softmax_row(const float* scores, int limit, uint8_t* probabilities, 
   for (int b = 0; b < full; b++) top = max(top, load_f(scores + 16 * b));
   m = reduce_max(top);
   F32 base = splat(m), sum = zero_f();
-  auto put = [&](int b, F32 p) {
-    if constexpr (kBf16) {
-      store_bf16(probabilities + 32 * b, p);
-    } else {
+  auto weight = [&](int b) { return exp2<kShort>(sub(load_f(scores + 16 * b), base)); };
+  auto rest_weight = [&] { return keep_first(weight(full), rest, zero_f()); };
+  if constexpr (kBf16) {
+    const I32 ones = splat_i(0x3f803f80);
+    auto put = [&](int b, F32 low, F32 high) {
+      const I32 pair = pack_bf16(low, high);
+      store_i(probabilities + 32 * b, pair);
+      sum = dot_bf16(sum, pair, ones);
+    };
+    int b = 0;
+    for (; b + 2 <= full; b += 2) put(b, weight(b), weight(b + 1));
+    if (b < full) put(b, weight(b), rest ? rest_weight() : zero_f());
+    else if (rest) put(b, rest_weight(), zero_f());
+  } else {
+    auto put = [&](int b, F32 p) {
       store_f(probabilities + 64 * b, p);
       sum = add(sum, p);
-    }
-  };
-  for (int b = 0; b < full; b++) put(b, exp2<kShort>(sub(load_f(scores + 16 * b), base)));
-  if (rest) put(full, keep_first(exp2<kShort>(sub(load_f(scores + 16 * full), base)), rest, zero_f()));
-  if constexpr (kBf16) {
-    const int blocks = full + (rest > 0);
-    if (blocks % 2) store_bf16(probabilities + 32 * blocks, zero_f());
-    const I32 ones = splat_i(0x3f803f80);
-    for (int i = 0; i < blocks; i += 2) sum = dot_bf16(sum, load_i(probabilities + 32 * i), ones);
+    };
+    for (int b = 0; b < full; b++) put(b, weight(b));
+    if (rest) put(full, rest_weight());
   }
   l = reduce_add(sum);
 }
@@ -262,12 +267,37 @@ struct Task {
     return (s.one_each ? x.queries : s.at(a.rope.q, token(row))) + at_head;
   }
 
-  void store(int row, float l, const float* o) const {
-    const int dim = a.rope.head_dim, width = a.rope.heads * dim, first = head(row) * dim;
-    alignas(64) float result[kMaxHeadDim];
-    const F32 inverse = splat(1.0f / l);
-    for (int i = 0; i < dim; i += 16) store_f(result + i, mul(load_f(o + i), inverse));
-    store_columns(a.out_dtype, s.at(a.out, token(row)), width, result, first, dim);
+  // Results of rows [from, to), as x.tile_l and x.tile_o have them.
+  void store(int from, int to) const {
+    const int dim = a.rope.head_dim;
+    if (a.out_dtype == Dtype::Q8 && dim == 2 * kGroup) {  // eight groups together cost little more than two
+      for (; from + 4 <= to; from += 4) store_heads<4>(from);
+      if (from + 3 == to) return store_heads<3>(from);
+    }
+    for (int row = from; row < to; row++) {
+      alignas(64) float result[kMaxHeadDim];
+      const F32 inverse = splat(1.0f / x.tile_l[row]);
+      const float* o = x.tile_o + (size_t)row * dim;
+      for (int i = 0; i < dim; i += 16) store_f(result + i, mul(load_f(o + i), inverse));
+      store_columns(a.out_dtype, s.at(a.out, token(row)), a.rope.heads * dim, result, head(row) * dim, dim);
+    }
+  }
+
+  // N rows of two groups each.
+  template <int N>
+  void store_heads(int from) const {
+    F32 low[2 * N], high[2 * N];
+    Q8Place at[2 * N];
+RL_UNROLL
+    for (int i = 0; i < 2 * N; i++) {
+      const int row = from + i / 2;
+      const float* o = x.tile_o + (size_t)row * 2 * kGroup + i % 2 * kGroup;
+      const F32 inverse = splat(1.0f / x.tile_l[row]);
+      low[i] = mul(load_f(o), inverse);
+      high[i] = mul(load_f(o + 16), inverse);
+      at[i] = q8_place(s.at(a.out, token(row)), a.rope.heads * 2 * kGroup, 2 * head(row) + i % 2);
+    }
+    store_q8<2 * N>(low, high, at);
   }
 
   // The blocks of a chunk; the last one stands in for those past the end.
@@ -408,8 +438,8 @@ struct Task {
           merge(x.tile_m[r], x.tile_l[r], total, p[0], p[1], p + 2, dim);
         }
       }
-      store(r, x.tile_l[r], x.tile_o + (size_t)r * dim);
     }
+    store(0, group);
   }
 
   // With one token to a request: what the rope_kv operator does otherwise, for this KV head.
@@ -433,7 +463,7 @@ struct Task {
     if (!s.one_each && on_tiles()) gather_queries();
     for (int chunk = t.chunk_begin; chunk < t.chunk_end; chunk++) run_chunk(chunk, after);
     if (t.split >= 0) return finish_split();
-    for (int r = 0; r < rows(); r++) store(r, x.tile_l[r], x.tile_o + (size_t)r * a.rope.head_dim);
+    store(0, rows());
   }
 };
 

@@ -110,11 +110,11 @@ __attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const u
   const uint8_t* panel = a.w.data + (size_t)unit * 2 * a.w.panel_bytes;
   F32 low[R];
   gemm<kFormat, R>(acc, a.w, panel, x, a.x.stride, stream, ahead);
-  for (int r = 0; r < R; r++) low[r] = mul(silu(acc[r][0]), acc[r][1]);
+  for (int r = 0; r < R; r++) low[r] = gated(a.out_dtype, acc[r][0], acc[r][1]);
   bool pair = (unit + 1) * 2 * kPanel <= a.w.n;
   if (pair) gemm<kFormat, R>(acc, a.w, panel + a.w.panel_bytes, x, a.x.stride, stream, ahead);
   F32 high[R];
-  for (int r = 0; r < R; r++) high[r] = mul(silu(acc[r][0]), acc[r][1]);
+  for (int r = 0; r < R; r++) high[r] = gated(a.out_dtype, acc[r][0], acc[r][1]);
   if (a.out_dtype == Dtype::Q8) {
     Q8Place at[R];
     for (int r = 0; r < R; r++) at[r] = q8_place(s.at(a.out, row + r), a.w.n / 2, unit);

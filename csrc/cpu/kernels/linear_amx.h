@@ -167,7 +167,6 @@ RL_UNROLL
   static F32 scaled(const float* sums, F32 scale) {
     return is_tiled(kFormat) ? mul(load_f(sums), scale) : load_f(sums);
   }
-  static F32 gated(Dtype out, F32 gate, F32 up) { return mul(out == Dtype::F32 ? silu(gate) : silu_short(gate), up); }
 
   void store_plain(int unit, const float* scales) const {
     const int column = unit * kPanel, width = std::min(kPanel, a_.w.n - column);

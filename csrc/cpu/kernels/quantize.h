@@ -57,6 +57,9 @@ RL_UNROLL
   }
 }
 
+// A gated epilogue's result, for a row of type `out`.
+inline F32 gated(Dtype out, F32 gate, F32 up) { return mul(out == Dtype::F32 ? silu(gate) : silu_short(gate), up); }
+
 // Stores columns [16 * i, 16 * i + 32) of a row of fp32 or bf16; i counts vectors.
 inline void store_pair(Dtype dtype, uint8_t* row, int i, F32 a, F32 b) {
   if (dtype == Dtype::BF16) {
