@@ -102,25 +102,24 @@ inline void softmax_row(const float* scores, int limit, uint8_t* probabilities, 
   m = reduce_max(top);
   F32 base = splat(m), sum = zero_f();
   auto weight = [&](int b) { return exp2<kShort>(sub(load_f(scores + 16 * b), base)); };
-  auto rest_weight = [&] { return keep_first(weight(full), rest, zero_f()); };
+  const F32 last = rest ? keep_first(weight(full), rest, zero_f()) : zero_f();
   if constexpr (kBf16) {
-    const I32 ones = splat_i(0x3f803f80);
     auto put = [&](int b, F32 low, F32 high) {
       const I32 pair = pack_bf16(low, high);
       store_i(probabilities + 32 * b, pair);
-      sum = dot_bf16(sum, pair, ones);
+      sum = dot_bf16(sum, pair, splat_i(0x3f803f80));  // times 1
     };
     int b = 0;
     for (; b + 2 <= full; b += 2) put(b, weight(b), weight(b + 1));
-    if (b < full) put(b, weight(b), rest ? rest_weight() : zero_f());
-    else if (rest) put(b, rest_weight(), zero_f());
+    if (b < full) put(b, weight(b), last);
+    else if (rest) put(b, last, zero_f());
   } else {
     auto put = [&](int b, F32 p) {
       store_f(probabilities + 64 * b, p);
       sum = add(sum, p);
     };
     for (int b = 0; b < full; b++) put(b, weight(b));
-    if (rest) put(full, rest_weight());
+    if (rest) put(full, last);
   }
   l = reduce_add(sum);
 }

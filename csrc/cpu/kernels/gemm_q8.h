@@ -54,62 +54,114 @@ RL_UNROLL
   }
 }
 
-// out[r] = row r of `a` (q8 rows, `stride` bytes apart) times a panel. Meanwhile what lies `ahead` bytes
-// further on is fetched into the cache, if ahead is not 0, and what is wanted from `elsewhere`.
+// A group's accumulators before its products.
+template <Format kFormat, int R>
+inline __attribute__((always_inline)) void start_group(I32 (&acc)[R][2], const int8_t* a, size_t stride, size_t sums_at,
+                                                       int g) {
+RL_UNROLL
+  for (int r = 0; r < R; r++) {
+    acc[r][0] = zero_i();
+    if constexpr (kZeroPoint<kFormat> != 0)
+      acc[r][0] = splat_i((int32_t)(0u - kZeroPoint<kFormat> * ((const uint32_t*)(a + r * stride + sums_at))[g]));
+    acc[r][1] = acc[r][0];
+  }
+}
+
+// out[r] += the group's sums by the scales of the weights and of the row.
+template <int R>
+inline __attribute__((always_inline)) void add_group(F32 (&out)[R][2], const I32 (&acc)[R][2], const uint8_t* scales,
+                                                     const int8_t* a, size_t stride, size_t scales_at, int g) {
+  const F32 scale[2] = {load_f16(scales), load_f16(scales + 32)};
+RL_UNROLL
+  for (int r = 0; r < R; r++) {
+    F32 s = splat(((const float*)(a + r * stride + scales_at))[g]);
+    out[r][0] = fma(to_f(acc[r][0]), mul(scale[0], s), out[r][0]);
+    out[r][1] = fma(to_f(acc[r][1]), mul(scale[1], s), out[r][1]);
+  }
+}
+
+// One or two rows of `a` (q8 rows, `stride` bytes apart) by P panels side by side, which arrive from memory as they are
+// read: out[p][r]. What lies `ahead` bytes further on is fetched meanwhile, if that is not 0.
+template <Format kFormat, int R, int P>
+inline __attribute__((always_inline)) void stream_q8(F32 (&out)[P][R][2], int k, const uint8_t* const (&panels)[P],
+                                                     const int8_t* a, size_t stride, size_t ahead) {
+  constexpr int kRecord = record_bytes(kFormat), kCodes = code_bytes(kFormat);
+  const size_t scales_at = q8_scales_at(k), sums_at = q8_sums_at(k);
+  const float* scaled_sums[R];
+  F32 low[P][R][2];
+RL_UNROLL
+  for (int r = 0; r < R; r++) scaled_sums[r] = (const float*)(a + r * stride + q8_scaled_sums_at(k));
+RL_UNROLL
+  for (int p = 0; p < P; p++)
+RL_UNROLL
+    for (int r = 0; r < R; r++) out[p][r][0] = out[p][r][1] = low[p][r][0] = low[p][r][1] = zero_f();
+  for (int g = 0; g < k / kGroup; g++) {
+    const int8_t* rows[R];
+RL_UNROLL
+    for (int r = 0; r < R; r++) rows[r] = a + r * stride + kGroup * g;
+RL_UNROLL
+    for (int p = 0; p < P; p++) {
+      const uint8_t* record = panels[p] + (size_t)g * kRecord;
+      if (ahead) {
+RL_UNROLL
+        for (int line = 0; line < kRecord; line += 64) prefetch_far(record + ahead + line);
+      }
+      I32 acc[R][2];
+      start_group<kFormat, R>(acc, a, stride, sums_at, g);
+      dot_group<kFormat, R>(acc, record, rows);
+      add_group<R>(out[p], acc, record + kCodes, a, stride, scales_at, g);
+      if constexpr (kFormat == Format::Q4_1) add_minima<R>(low[p], record + kCodes + 64, scaled_sums, g);
+    }
+  }
+  if constexpr (kFormat == Format::Q4_1) {
+RL_UNROLL
+    for (int p = 0; p < P; p++)
+RL_UNROLL
+      for (int r = 0; r < R; r++) {
+        out[p][r][0] = add(out[p][r][0], low[p][r][0]);
+        out[p][r][1] = add(out[p][r][1], low[p][r][1]);
+      }
+  }
+}
+
+// The same for more rows and one panel, which is in the cache by its second pass: registers do not hold the sums of
+// minima as well. Also fetched meanwhile is what is wanted from `elsewhere`.
 template <Format kFormat, int R>
 inline __attribute__((always_inline)) void gemm_q8(F32 (&out)[R][2], int k, const uint8_t* panel, const int8_t* a,
                                                    size_t stride, size_t ahead, const Runs& elsewhere) {
   constexpr int kRecord = record_bytes(kFormat), kCodes = code_bytes(kFormat);
-  constexpr bool kMinimum = kFormat == Format::Q4_1;
-  constexpr bool kOnePass = R <= 2;  // more rows have no registers for both chains: the panel is in the cache by then
   const int8_t* rows[R];
-  const float* scaled_sums[R];
-  F32 low[R][2];
   const size_t scales_at = q8_scales_at(k), sums_at = q8_sums_at(k);
 RL_UNROLL
   for (int r = 0; r < R; r++) {
     rows[r] = a + r * stride;
-    scaled_sums[r] = (const float*)(a + r * stride + q8_scaled_sums_at(k));
-    out[r][0] = out[r][1] = low[r][0] = low[r][1] = zero_f();
+    out[r][0] = out[r][1] = zero_f();
   }
   const uint8_t* record = panel;
   Fetcher fetcher(elsewhere);
   for (int g = 0; g < k / kGroup; g++, record += kRecord) {
     I32 acc[R][2];
-RL_UNROLL
-    for (int r = 0; r < R; r++) {
-      acc[r][0] = zero_i();
-      if constexpr (kZeroPoint<kFormat> != 0)
-        acc[r][0] = splat_i((int32_t)(0u - kZeroPoint<kFormat> * ((const uint32_t*)(a + r * stride + sums_at))[g]));
-      acc[r][1] = acc[r][0];
-    }
+    start_group<kFormat, R>(acc, a, stride, sums_at, g);
     if (ahead) {
 RL_UNROLL
-      for (int line = 0; line < kRecord; line += 64) {
-        if constexpr (R <= 2) {
-          prefetch_far(record + ahead + line);
-        } else {
-          prefetch(record + ahead + line);
-        }
-      }
+      for (int line = 0; line < kRecord; line += 64) prefetch(record + ahead + line);
     }
     fetcher.fetch(kLinesPerGroup);
     dot_group<kFormat, R>(acc, record, rows);
-    const F32 scale[2] = {load_f16(record + kCodes), load_f16(record + kCodes + 32)};
-RL_UNROLL
-    for (int r = 0; r < R; r++) {
-      F32 s = splat(((const float*)(a + r * stride + scales_at))[g]);
-      out[r][0] = fma(to_f(acc[r][0]), mul(scale[0], s), out[r][0]);
-      out[r][1] = fma(to_f(acc[r][1]), mul(scale[1], s), out[r][1]);
-    }
-    if constexpr (kMinimum && kOnePass) add_minima<R>(low, record + kCodes + 64, scaled_sums, g);
+    add_group<R>(out, acc, record + kCodes, a, stride, scales_at, g);
 RL_UNROLL
     for (int r = 0; r < R; r++) rows[r] += kGroup;
   }
-  if constexpr (kMinimum) {
+  if constexpr (kFormat == Format::Q4_1) {
+    const float* scaled_sums[R];
+    F32 low[R][2];
+RL_UNROLL
+    for (int r = 0; r < R; r++) {
+      scaled_sums[r] = (const float*)(a + r * stride + q8_scaled_sums_at(k));
+      low[r][0] = low[r][1] = zero_f();
+    }
     record = panel + kCodes + 64;
-    for (int g = 0; g < (kOnePass ? 0 : k / kGroup); g++, record += kRecord)
-      add_minima<R>(low, record, scaled_sums, g);
+    for (int g = 0; g < k / kGroup; g++, record += kRecord) add_minima<R>(low, record, scaled_sums, g);
 RL_UNROLL
     for (int r = 0; r < R; r++) {
       out[r][0] = add(out[r][0], low[r][0]);

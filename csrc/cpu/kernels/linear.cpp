@@ -19,7 +19,15 @@ namespace {
 constexpr int kMaxRows = 8;  // rows of one register block
 // Six rows by a panel keep all accumulators in registers; for few rows, eight read the weights fewer times.
 constexpr int kManyRows = 6;
-constexpr int kStreamRows = 16;  // few: up to here reading the weights matters beside the arithmetic
+constexpr int kFewRows = 16;   // up to here reading the weights matters beside the arithmetic
+constexpr int kStreamRows = 2;  // up to here nothing else does, and two units are read side by side
+
+constexpr size_t kPairAhead = 4096;  // bytes further on that each of two units is fetched
+#if defined(RL_ISA_AMX)
+constexpr bool kTwoStreams = false;  // not measured there
+#else
+constexpr bool kTwoStreams = true;
+#endif
 
 // Starts to bring a panel into the cache. With 8-bit records a core asks for this many lines ahead of eight rows
 // of arithmetic only when told so beforehand (docs/perf-log.md).
@@ -57,17 +65,21 @@ class Ahead {
   const uint8_t *at_ = nullptr, *end_ = nullptr;
 };
 
-// R rows by one panel. `stream`: it is not in the cache yet, so what lies further on is fetched as it is read.
-template <Format kFormat, int R>
-inline __attribute__((always_inline)) void gemm(F32 (&out)[R][2], const PackedMatrix& w, const uint8_t* panel,
+// R rows by P panels, P being 1 for more than two rows. `stream`: panels that are not in the cache yet, so what lies
+// further on is fetched as they are read.
+template <Format kFormat, int R, int P>
+inline __attribute__((always_inline)) void gemm(F32 (&out)[P][R][2], const PackedMatrix& w, const uint8_t* const (&panels)[P],
                                                 const uint8_t* x, size_t stride, bool stream,
                                                 [[maybe_unused]] Ahead& ahead) {
-  if constexpr (is_quantized(kFormat)) {
-    constexpr bool kEight = kFormat == Format::Q8_0;
-    if (kEight && stream && R > 2) fetch_panel(panel + w.panel_bytes, w.panel_bytes);
-    gemm_q8<kFormat, R>(out, w.k, panel, (const int8_t*)x, stride, stream && (!kEight || R <= 2) ? kFetchAhead : 0, ahead.take());
+  if constexpr (!is_quantized(kFormat)) {
+RL_UNROLL
+    for (int p = 0; p < P; p++) gemm_float<kFormat, R>(out[p], w.k, panels[p], x, stride);
+  } else if constexpr (R <= kStreamRows) {
+    stream_q8<kFormat, R, P>(out, w.k, panels, (const int8_t*)x, stride, !stream ? 0 : P == 1 ? kFetchAhead : kPairAhead);
   } else {
-    gemm_float<kFormat, R>(out, w.k, panel, x, stride);
+    constexpr bool kEight = kFormat == Format::Q8_0;
+    if (kEight && stream) fetch_panel(panels[0] + w.panel_bytes, w.panel_bytes);
+    gemm_q8<kFormat, R>(out[0], w.k, panels[0], (const int8_t*)x, stride, stream && !kEight ? kFetchAhead : 0, ahead.take());
   }
 }
 
@@ -84,61 +96,76 @@ struct Share {
   }
 };
 
-// One register block: R rows from `row` by one panel, or by two with a gated epilogue. `stream`: as above.
-template <Format kFormat, int R>
-__attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const uint8_t* x, int unit, int row, bool stream,
-                                     Ahead& ahead) {
-  F32 acc[R][2];
+// One register block: R rows from `row` by P units, `apart` from each other. A unit is a panel, or two panels with a
+// gated epilogue. `stream`: as above.
+template <Format kFormat, int R, int P>
+__attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const uint8_t* x, int unit, int apart, int row,
+                                     bool stream, Ahead& ahead) {
+  F32 acc[P][R][2];
+  const uint8_t* panels[P];
+  for (int p = 0; p < P; p++) panels[p] = unit_at(a, unit + p * apart);
+  gemm<kFormat, R, P>(acc, a.w, panels, x, a.x.stride, stream, ahead);
   if (a.epilogue == Epilogue::None) {
-    gemm<kFormat, R>(acc, a.w, a.w.data + (size_t)unit * a.w.panel_bytes, x, a.x.stride, stream, ahead);
-    int column = unit * kPanel, width = std::min(kPanel, a.w.n - column);
-    for (int r = 0; r < R; r++) {
-      float* out = (float*)s.at(a.out, row + r) + column;
-      if (width == kPanel) {
-        store_f(out, acc[r][0]);
-        store_f(out + kTile, acc[r][1]);
-      } else {
-        float both[kPanel];
-        store_f(both, acc[r][0]);
-        store_f(both + kTile, acc[r][1]);
-        std::memcpy(out, both, 4 * (size_t)width);
+    for (int p = 0; p < P; p++) {
+      int column = (unit + p * apart) * kPanel, width = std::min(kPanel, a.w.n - column);
+      for (int r = 0; r < R; r++) {
+        float* out = (float*)s.at(a.out, row + r) + column;
+        if (width == kPanel) {
+          store_f(out, acc[p][r][0]);
+          store_f(out + kTile, acc[p][r][1]);
+        } else {
+          float both[kPanel];
+          store_f(both, acc[p][r][0]);
+          store_f(both + kTile, acc[p][r][1]);
+          std::memcpy(out, both, 4 * (size_t)width);
+        }
       }
     }
     return;
   }
   // A panel is 16 columns of gate, then 16 of up: two of them give 32 columns of silu(gate) * up, one group.
-  const uint8_t* panel = a.w.data + (size_t)unit * 2 * a.w.panel_bytes;
-  F32 low[R];
-  gemm<kFormat, R>(acc, a.w, panel, x, a.x.stride, stream, ahead);
-  for (int r = 0; r < R; r++) low[r] = gated(a.out_dtype, acc[r][0], acc[r][1]);
-  bool pair = (unit + 1) * 2 * kPanel <= a.w.n;
-  if (pair) gemm<kFormat, R>(acc, a.w, panel + a.w.panel_bytes, x, a.x.stride, stream, ahead);
-  F32 high[R];
-  for (int r = 0; r < R; r++) high[r] = gated(a.out_dtype, acc[r][0], acc[r][1]);
-  if (a.out_dtype == Dtype::Q8) {
-    Q8Place at[R];
-    for (int r = 0; r < R; r++) at[r] = q8_place(s.at(a.out, row + r), a.w.n / 2, unit);
-    store_q8<R>(low, high, at);
-    return;
-  }
-  for (int r = 0; r < R; r++) {
-    uint8_t* out = s.at(a.out, row + r);
-    if (pair) {
-      store_pair(a.out_dtype, out, 2 * unit, low[r], high[r]);
-    } else if (a.out_dtype == Dtype::BF16) {
-      store_bf16(out + 64 * (size_t)unit, low[r]);
-    } else {
-      store_f(out + 128 * (size_t)unit, low[r]);
+  F32 low[P][R], high[P][R];
+  auto gates = [&](F32 (&to)[P][R]) {
+RL_UNROLL
+    for (int p = 0; p < P; p++)
+RL_UNROLL
+      for (int r = 0; r < R; r++) to[p][r] = gated(a.out_dtype, acc[p][r][0], acc[p][r][1]);
+  };
+  gates(low);
+  const bool pair = (unit + 1) * 2 * kPanel <= a.w.n;  // false at most for a last unit, which then is alone
+  for (int p = 0; p < P; p++) panels[p] += a.w.panel_bytes;
+  if (pair) gemm<kFormat, R, P>(acc, a.w, panels, x, a.x.stride, stream, ahead);
+  gates(high);
+  for (int p = 0; p < P; p++) {
+    const int at = unit + p * apart;
+    if (a.out_dtype == Dtype::Q8) {
+      Q8Place places[R];
+      for (int r = 0; r < R; r++) places[r] = q8_place(s.at(a.out, row + r), a.w.n / 2, at);
+      store_q8<R>(low[p], high[p], places);
+      continue;
+    }
+    for (int r = 0; r < R; r++) {
+      uint8_t* out = s.at(a.out, row + r);
+      if (pair) {
+        store_pair(a.out_dtype, out, 2 * at, low[p][r], high[p][r]);
+      } else if (a.out_dtype == Dtype::BF16) {
+        store_bf16(out + 64 * (size_t)at, low[p][r]);
+      } else {
+        store_f(out + 128 * (size_t)at, low[p][r]);
+      }
     }
   }
 }
 
-using Block = void (*)(const LinearArgs&, const Step&, const uint8_t*, int, int, bool, Ahead&);
+using Block = void (*)(const LinearArgs&, const Step&, const uint8_t*, int, int, int, bool, Ahead&);
 
+// By rows, then one and two rows by two units.
 template <Format kFormat>
-constexpr Block kBlocks[kMaxRows + 1] = {nullptr,           block<kFormat, 1>, block<kFormat, 2>,
-                                         block<kFormat, 3>, block<kFormat, 4>, block<kFormat, 5>,
-                                         block<kFormat, 6>, block<kFormat, 7>, block<kFormat, 8>};
+constexpr Block kBlocks[kMaxRows + 1 + kStreamRows] = {
+    nullptr,
+    block<kFormat, 1, 1>, block<kFormat, 2, 1>, block<kFormat, 3, 1>, block<kFormat, 4, 1>,
+    block<kFormat, 5, 1>, block<kFormat, 6, 1>, block<kFormat, 7, 1>, block<kFormat, 8, 1>,
+    block<kFormat, 1, 2>, block<kFormat, 2, 2>};
 
 const Block* blocks_of(Format f) {
   switch (f) {
@@ -175,14 +202,14 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
   Ahead ahead(a, cache);
   // `cold`: this thread has not read the unit yet. `next`: the one it reads next, to be fetched meanwhile, or null.
   auto run = [&](int unit, int row_begin, int row_end, bool cold, const uint8_t* next) {
-    const int count = row_end - row_begin, most = rows <= kStreamRows ? kMaxRows : kManyRows, parts = (count + most - 1) / most;
+    const int count = row_end - row_begin, most = rows <= kFewRows ? kMaxRows : kManyRows, parts = (count + most - 1) / most;
     const bool fetched = parts > 1 && next && is_quantized(a.w.format);
     if (fetched) ahead.expect(next, unit_at(a, 1) - unit_at(a, 0));
     for (int b = 0; b < parts; b++) {  // parts differ by at most one row
       int from = row_begin + count * b / parts, to = row_begin + count * (b + 1) / parts;
       const uint8_t* x = s.at(a.x, rows == 1 && a.per_thread ? w.thread : from);
       if (b == parts - 1) ahead.hurry();
-      blocks[to - from](a, s, x, unit, from, cold && b == 0 && !fetched, ahead);
+      blocks[to - from](a, s, x, unit, 0, from, cold && b == 0 && !fetched, ahead);
     }
   };
   if (w.team.has_blocks(rows)) {  // each thread computes its own rows and reads all the weights
@@ -198,7 +225,15 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
   // Else each has a fixed rectangle, so that its weights stay in its caches from step to step.
   const Share share(units, rows, w);
   const uint8_t* after = a.next ? unit_at(*a.next, Share(units_of(*a.next), s.rows(a.next->rows), w).unit_begin) : nullptr;
-  for (int unit = share.unit_begin; unit < share.unit_end; unit++)
+  int unit = share.unit_begin;
+  if (kTwoStreams && share.row_end - share.row_begin <= kStreamRows && is_quantized(a.w.format)) {
+    const int whole = std::min(share.unit_end, a.w.n / columns_of(a)), half = std::max(0, whole - unit) / 2;
+    const int count = share.row_end - share.row_begin;
+    const uint8_t* x = s.at(a.x, rows == 1 && a.per_thread ? w.thread : share.row_begin);
+    for (int i = 0; i < half; i++) blocks[kMaxRows + count](a, s, x, unit + i, half, share.row_begin, true, ahead);
+    unit += 2 * half;
+  }
+  for (; unit < share.unit_end; unit++)
     run(unit, share.row_begin, share.row_end, true, unit + 1 < share.unit_end ? unit_at(a, unit + 1) : after);
 }
 
