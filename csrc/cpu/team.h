@@ -32,12 +32,17 @@ class Team {
   bool has_blocks(int rows) const { return rows >= kRowBlock * size_; }
   static constexpr int kRowBlock = 64;
 
+  // Rows of a block: at most kRowBlock, and so many that all threads get the same number of blocks, an even one.
+  int row_block(int rows) const {
+    const int turns = 2 * size_, blocks = (rows + turns * kRowBlock - 1) / (turns * kRowBlock) * turns;
+    return (rows + blocks - 1) / blocks;
+  }
+
   // The thread that a row belongs to in every operator of a step, so that rows stay in its caches. Blocks are dealt
   // out to and fro, 0 1 1 0 0 1 ..., which also evens out causal attention, where later rows cost more.
   int owner(int row, int rows) const {
     if (!has_blocks(rows)) return (int)(((long)(row + 1) * size_ - 1) / rows);
-    int round = row / kRowBlock / size_, place = row / kRowBlock % size_;
-    return round % 2 ? size_ - 1 - place : place;
+    return dealt(row / row_block(rows));
   }
 
   // Inside a job: body(begin, end) for each range of the rows that belong to `thread`.
@@ -48,8 +53,9 @@ class Team {
       if (begin < end) body(begin, end);
       return;
     }
-    for (int row = 0; row < rows; row += kRowBlock)
-      if (owner(row, rows) == thread) body(row, row + kRowBlock < rows ? row + kRowBlock : rows);
+    const int block = row_block(rows);
+    for (int i = 0, row = 0; row < rows; i++, row += block)
+      if (dealt(i) == thread) body(row, row + block < rows ? row + block : rows);
   }
 
   // Inside a job: task indices 0 .. count-1 shared out among the threads as they become free, `chunk` at a time.
@@ -65,6 +71,11 @@ class Team {
   }
 
  private:
+  int dealt(int block) const {
+    const int round = block / size_, place = block % size_;
+    return round % 2 ? size_ - 1 - place : place;
+  }
+
   // The cursor of a call. Nobody reads the next call's yet, and everyone will have passed a barrier before.
   std::atomic<int>& open(int call) {
     cursors_[(call + 1) % 3].value.store(0, std::memory_order_relaxed);

@@ -108,7 +108,7 @@ def test_copied_blocks_hold_the_same_keys_and_values(name: str, threads: int) ->
 
     runs, alone = make(), make()
     step(runs, [(0, 0, 40)], [])
-    pairs = [(0, BLOCKS + 5), (1, BLOCKS + 17), (2, 2 * BLOCKS + 30)]  # in and out of clusters of 16 blocks
+    pairs = [(0, BLOCKS + 5), (1, BLOCKS + 17), (2, 2 * BLOCKS + 30)]  # over 16 blocks and below
     table = np.array([(1, i, to) for i, (_, to) in enumerate(pairs)], np.int32)
     work, ids = [(1, 40, 4), (0, 40, 2)], np.concatenate([IDS[1, 40:44], IDS[0, 40:42]])
     copied, _ = step(runs, work, [3, 5], block_copies=copies_of(pairs), block_updates=[table])
