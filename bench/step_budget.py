@@ -30,7 +30,10 @@ PREFILL = 512  # tokens of a step that only fills the cache
 
 
 def make_batch(slots: list[int], first: int, each: int, tables: np.ndarray, vocab: int, seed: int) -> Batch:
-    """A request for each slot with tokens at positions ``first`` to ``first + each``; its blocks are ``tables[slot]``."""
+    """A request for each slot with tokens at positions ``first`` to ``first + each``.
+
+    Its blocks are ``tables[slot]``.
+    """
     requests, blocks = len(slots), -(-(first + each) // BLOCK)
     sampling = np.zeros(requests, SAMPLING_DTYPE)
     sampling["num_logprobs"] = -1
