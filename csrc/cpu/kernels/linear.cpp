@@ -198,7 +198,7 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
   const Block* blocks = blocks_of(a.w.format);
   const int rows = s.rows(a.rows), units = units_of(a);
   CacheAhead cache(a, s, w);
-  if (on_tiles(a, s, w, cache, units)) return;
+  if (rows == 0 || on_tiles(a, s, w, cache, units)) return;
   Ahead ahead(a, cache);
   // `cold`: this thread has not read the unit yet. `next`: the one it reads next, to be fetched meanwhile, or null.
   auto run = [&](int unit, int row_begin, int row_end, bool cold, const uint8_t* next) {
