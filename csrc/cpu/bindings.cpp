@@ -362,9 +362,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("available_threads", &available_threads);
   m.def("available_isas", [] {
     std::vector<std::string> names;
-    if (kernels_amx()) names.push_back("amx");
-    if (kernels_avx512()) names.push_back("avx512");
-    names.push_back("generic");
+    for (const Kernels* k : available_kernels()) names.push_back(k->name);
     return names;
   });
   m.def("measure_bandwidth", [](size_t bytes, int threads, double seconds, const std::string& isa) {

@@ -1,7 +1,7 @@
 // Which of the kernels this processor can run.
 #include "step.h"
 
-#if defined(RL_HAVE_AVX512)
+#if defined(RL_HAVE_X86_64)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -10,10 +10,14 @@
 namespace ridgeline {
 
 const Kernels* kernels_generic_table();
-const Kernels* kernels_generic() { return kernels_generic_table(); }
 
-#if defined(RL_HAVE_AVX512)
+#if defined(RL_HAVE_X86_64)
 namespace {
+
+bool avx2_supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt");
+}
 
 bool avx512_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -33,16 +37,26 @@ bool amx_supported() {
 
 }  // namespace
 
+const Kernels* kernels_avx2_table();
 const Kernels* kernels_avx512_table();
 const Kernels* kernels_amx_table();
-const Kernels* kernels_avx512() { return avx512_supported() ? kernels_avx512_table() : nullptr; }
+
 const Kernels* kernels_amx() {
   static const bool supported = amx_supported();
   return supported ? kernels_amx_table() : nullptr;
 }
+
+std::vector<const Kernels*> available_kernels() {
+  std::vector<const Kernels*> all;
+  if (kernels_amx()) all.push_back(kernels_amx());
+  if (avx512_supported()) all.push_back(kernels_avx512_table());
+  if (avx2_supported()) all.push_back(kernels_avx2_table());
+  all.push_back(kernels_generic_table());
+  return all;
+}
 #else
-const Kernels* kernels_avx512() { return nullptr; }
 const Kernels* kernels_amx() { return nullptr; }
+std::vector<const Kernels*> available_kernels() { return {kernels_generic_table()}; }
 #endif
 
 }  // namespace ridgeline

@@ -17,17 +17,16 @@ constexpr int kRopeStep = 256;        // positions added to the rotary table at 
 }  // namespace
 
 const Kernels* select_kernels(const std::string& isa) {
-  if (isa.empty()) return kernels_amx() ? kernels_amx() : kernels_avx512() ? kernels_avx512() : kernels_generic();
-  if (isa == "generic") return kernels_generic();
-  if (isa == "amx") {
-    if (const Kernels* k = kernels_amx()) return k;
-    refuse("this processor or this build has no AMX (TILE, INT8, BF16): use isa='avx512' or 'generic'");
+  std::string names;
+  for (const Kernels* k : available_kernels()) {
+    if (isa.empty() || isa == k->name) return k;
+    names += (names.empty() ? "'" : ", '") + std::string(k->name) + "'";
   }
-  if (isa == "avx512") {
-    if (const Kernels* k = kernels_avx512()) return k;
-    refuse("this processor or this build has no AVX-512 VNNI and BF16: use isa='generic'");
-  }
-  refuse("unknown instruction set '" + isa + "': use 'amx', 'avx512' or 'generic'");
+  const std::pair<const char*, const char*> needs[] = {
+      {"amx", "AMX (TILE, INT8, BF16)"}, {"avx512", "AVX-512 VNNI and BF16"}, {"avx2", "AVX2, FMA, F16C and BMI2"}};
+  for (const auto& [name, what] : needs)
+    if (isa == name) refuse("this processor or this build has no " + std::string(what) + ": use isa=" + names);
+  refuse("unknown instruction set '" + isa + "': use " + names);
 }
 
 Executor::Executor(const ExecutorConfig& config)

@@ -17,7 +17,7 @@
 namespace ridgeline {
 
 struct ExecutorConfig {
-  std::string isa;  // "amx", "avx512", "generic" or "" for the best this machine has
+  std::string isa;  // "amx", "avx512", "avx2", "generic" or "" for the best this machine has
   int threads = 0;  // 0: all this process may use
   int max_tokens = 0, max_sampled = 0, num_slots = 0;
   int max_blocks_per_slot = 0, num_blocks = 0;

@@ -197,8 +197,7 @@ struct Kernels {
   double (*spin_ops)(int kind, long iterations);                        // returns operations done
 };
 
-const Kernels* kernels_generic();
-const Kernels* kernels_avx512();  // null when this build or this processor lacks it
-const Kernels* kernels_amx();     // likewise, or when the kernel refuses this process the tile registers
+std::vector<const Kernels*> available_kernels();  // that this build and this processor have, the fastest first
+const Kernels* kernels_amx();  // null when they lack it, or when the kernel refuses this process the tile registers
 
 }  // namespace ridgeline

@@ -14,7 +14,7 @@ KV_DTYPES = ("auto", "bf16", "f16", "f32", "int8", "fp8")
 BACKENDS = ("cpu", "reference", "cuda")
 DEVICES = ("gpu", "emulated")
 SPECULATIONS = ("ngram",)
-ISAS = ("generic", "avx512", "amx")
+ISAS = ("generic", "avx2", "avx512", "amx")
 ACTIVATION_DTYPES = ("auto", "int8", "bf16")
 
 _DEFAULT_POOL_TOKENS = 2048  # per sequence, when the pool's size is left to us

@@ -14,6 +14,10 @@
 #if defined(RL_ISA_AMX)
 #include "tile_amx.h"
 #endif
+#elif defined(RL_ISA_AVX2)
+#define RL_ISA avx2
+#define RL_UNROLL _Pragma("GCC unroll 16")
+#include "vec_avx2.h"
 #else
 #define RL_ISA generic
 #define RL_UNROLL
@@ -68,7 +72,7 @@ inline F32 exp2(F32 x) {
     p = fma(p, r, splat(0.240226507f));
     p = fma(p, r, splat(0.693147182f));
   }
-  return scale_by_power(fma(p, r, splat(1.0f)), n);
+  return scale_down(fma(p, r, splat(1.0f)), n);
 }
 
 inline F32 silu(F32 x) { return div(x, add(splat(1.0f), exp(sub(zero_f(), x)))); }
@@ -76,7 +80,7 @@ inline F32 silu(F32 x) { return div(x, add(splat(1.0f), exp(sub(zero_f(), x))));
 // The same, where there is an estimated reciprocal to a relative error of 1e-5, for what is rounded to fewer bits: a
 // division takes as long as all of it.
 inline F32 silu_short(F32 x) {
-#if defined(RL_ISA_AMX) || defined(RL_ISA_AVX512)
+#if defined(RL_ISA_AMX) || defined(RL_ISA_AVX512) || defined(RL_ISA_AVX2)
   const F32 power = min(splat(126.0f), mul(x, splat(-1.44269504f)));  // operand order lets a NaN through
   return mul(x, reciprocal(add(splat(1.0f), exp2<true>(power))));
 #else

@@ -11,6 +11,8 @@ using F32 = __m512;
 using I32 = __m512i;
 using Mask = __mmask16;
 
+inline constexpr bool kPairSums = false;  // whether products of bytes are first summed in 16 bits
+
 inline F32 zero_f() { return _mm512_setzero_ps(); }
 inline I32 zero_i() { return _mm512_setzero_si512(); }
 inline F32 splat(float x) { return _mm512_set1_ps(x); }
@@ -98,6 +100,7 @@ inline F32 keep_first(F32 x, int n, F32 other) {
 }
 inline I32 low_halves(I32 x) { return _mm512_and_si512(x, _mm512_set1_epi32(0xffff)); }
 inline F32 scale_by_power(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
+inline F32 scale_down(F32 x, F32 n) { return scale_by_power(x, n); }  // for n of at most 127
 inline F32 round_even(F32 x) { return _mm512_roundscale_ps(x, 0); }
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
 inline __attribute__((always_inline)) void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }

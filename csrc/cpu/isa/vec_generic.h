@@ -12,6 +12,8 @@ typedef float F32 __attribute__((vector_size(64)));
 typedef int32_t I32 __attribute__((vector_size(64)));
 typedef uint32_t U32 __attribute__((vector_size(64)));
 
+inline constexpr bool kPairSums = false;  // whether products of bytes are first summed in 16 bits
+
 inline F32 zero_f() { return F32{}; }
 inline I32 zero_i() { return I32{}; }
 inline F32 splat(float x) { return x - F32{}; }
@@ -165,6 +167,7 @@ inline F32 scale_by_power(F32 x, F32 n) {
   for (int i = 0; i < 16; i++) x[i] = std::ldexp(x[i], (int)n[i]);
   return x;
 }
+inline F32 scale_down(F32 x, F32 n) { return scale_by_power(x, n); }  // for n of at most 127
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
 inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p); }
 inline __attribute__((always_inline)) void prefetch_far(const void* p) { __builtin_prefetch(p); }

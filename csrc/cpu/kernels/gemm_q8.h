@@ -15,25 +15,51 @@ namespace ridgeline::RL_ISA {
 template <Format kFormat>
 inline constexpr int kZeroPoint = kFormat == Format::Q4_0 ? 8 : kFormat == Format::Q8_0 ? 128 : 0;
 
+// Vectors of a panel's two that are computed together: as many as leave the sums of several rows in registers.
+inline constexpr int kWidth = kPairSums ? 1 : 2;
+
 // acc[r] += a group's 32 products; rows[r] points at the group's 32 activations.
 template <Format kFormat, int R>
-inline __attribute__((always_inline)) void dot_group(I32 (&acc)[R][2], const uint8_t* codes,
+inline __attribute__((always_inline)) void dot_group(I32 (&acc)[R][kWidth], const uint8_t* codes,
                                                      const int8_t* const (&rows)[R]) {
   constexpr bool kEight = kFormat == Format::Q8_0;
+  constexpr int kWords = kEight ? 8 : 4;
+  if constexpr (kPairSums) {  // sums of nibbles in 16 bits, then of those in 32
+    I32 sums[R];
 RL_UNROLL
-  for (int j = 0; j < (kEight ? 8 : 4); j++) {
-    const I32 a = load_i(codes + 128 * j), b = load_i(codes + 128 * j + 64);
-    const I32 low[2] = {kEight ? a : low_nibbles(a), kEight ? b : low_nibbles(b)};
-    const I32 high[2] = {high_nibbles(a), high_nibbles(b)};
+    for (int plane = 0; plane < 2; plane++) {
+      if (kEight || plane == 0) {
 RL_UNROLL
-    for (int r = 0; r < R; r++) {
-      I32 x = splat_word(rows[r] + 4 * j);
-      acc[r][0] = dot_u8s8(acc[r][0], low[0], x);
-      acc[r][1] = dot_u8s8(acc[r][1], low[1], x);
-      if constexpr (!kEight) {
-        x = splat_word(rows[r] + 16 + 4 * j);
-        acc[r][0] = dot_u8s8(acc[r][0], high[0], x);
-        acc[r][1] = dot_u8s8(acc[r][1], high[1], x);
+        for (int r = 0; r < R; r++) sums[r] = zero_i();
+      }
+RL_UNROLL
+      for (int j = 0; j < kWords; j++) {
+        const I32 w = plane ? high_nibbles(load_i(codes + 128 * j)) : low_nibbles(load_i(codes + 128 * j));
+RL_UNROLL
+        for (int r = 0; r < R; r++)
+          sums[r] = dot_u4s8(sums[r], w, splat_word(rows[r] + (kEight ? 0 : 16 * plane) + 4 * j));
+      }
+      if (kEight || plane == 1) {
+RL_UNROLL
+        for (int r = 0; r < R; r++) acc[r][0] = add_pairs(acc[r][0], sums[r], kEight && plane ? 16 : 1);
+      }
+    }
+  } else {
+RL_UNROLL
+    for (int j = 0; j < kWords; j++) {
+      const I32 a = load_i(codes + 128 * j), b = load_i(codes + 128 * j + 64);
+      const I32 low[2] = {kEight ? a : low_nibbles(a), kEight ? b : low_nibbles(b)};
+      const I32 high[2] = {high_nibbles(a), high_nibbles(b)};
+RL_UNROLL
+      for (int r = 0; r < R; r++) {
+        I32 x = splat_word(rows[r] + 4 * j);
+        acc[r][0] = dot_u8s8(acc[r][0], low[0], x);
+        acc[r][1] = dot_u8s8(acc[r][1], low[1], x);
+        if constexpr (!kEight) {
+          x = splat_word(rows[r] + 16 + 4 * j);
+          acc[r][0] = dot_u8s8(acc[r][0], high[0], x);
+          acc[r][1] = dot_u8s8(acc[r][1], high[1], x);
+        }
       }
     }
   }
@@ -41,42 +67,44 @@ RL_UNROLL
 
 inline constexpr int kLinesPerGroup = 6;  // of other memory, fetched meanwhile
 
-// acc[r] += minimum * (scale_a * sum a) of one group; sums[r] points at the row's scaled sums.
+// acc[r] += minimum * (scale_a * sum a) of one group and the vectors from `c` on; sums[r] points at the row's scaled sums.
 template <int R>
-inline __attribute__((always_inline)) void add_minima(F32 (&acc)[R][2], const uint8_t* minima,
+inline __attribute__((always_inline)) void add_minima(F32 (&acc)[R][2], int c, const uint8_t* minima,
                                                       const float* const (&sums)[R], int g) {
-  const F32 minimum[2] = {load_f16(minima), load_f16(minima + 32)};
 RL_UNROLL
-  for (int r = 0; r < R; r++) {
-    const F32 t = splat(sums[r][g]);
-    acc[r][0] = fma(minimum[0], t, acc[r][0]);
-    acc[r][1] = fma(minimum[1], t, acc[r][1]);
+  for (int i = c; i < c + kWidth; i++) {
+    const F32 minimum = load_f16(minima + 32 * i);
+RL_UNROLL
+    for (int r = 0; r < R; r++) acc[r][i] = fma(minimum, splat(sums[r][g]), acc[r][i]);
   }
 }
 
 // A group's accumulators before its products.
 template <Format kFormat, int R>
-inline __attribute__((always_inline)) void start_group(I32 (&acc)[R][2], const int8_t* a, size_t stride, size_t sums_at,
-                                                       int g) {
+inline __attribute__((always_inline)) void start_group(I32 (&acc)[R][kWidth], const int8_t* a, size_t stride,
+                                                       size_t sums_at, int g) {
 RL_UNROLL
   for (int r = 0; r < R; r++) {
     acc[r][0] = zero_i();
     if constexpr (kZeroPoint<kFormat> != 0)
       acc[r][0] = splat_i((int32_t)(0u - kZeroPoint<kFormat> * ((const uint32_t*)(a + r * stride + sums_at))[g]));
-    acc[r][1] = acc[r][0];
+    acc[r][kWidth - 1] = acc[r][0];
   }
 }
 
-// out[r] += the group's sums by the scales of the weights and of the row.
+// out[r] += the group's sums by the scales of the weights and of the row, for the vectors from `c` on.
 template <int R>
-inline __attribute__((always_inline)) void add_group(F32 (&out)[R][2], const I32 (&acc)[R][2], const uint8_t* scales,
-                                                     const int8_t* a, size_t stride, size_t scales_at, int g) {
-  const F32 scale[2] = {load_f16(scales), load_f16(scales + 32)};
+inline __attribute__((always_inline)) void add_group(F32 (&out)[R][2], int c, const I32 (&acc)[R][kWidth],
+                                                     const uint8_t* scales, const int8_t* a, size_t stride,
+                                                     size_t scales_at, int g) {
 RL_UNROLL
-  for (int r = 0; r < R; r++) {
-    F32 s = splat(((const float*)(a + r * stride + scales_at))[g]);
-    out[r][0] = fma(to_f(acc[r][0]), mul(scale[0], s), out[r][0]);
-    out[r][1] = fma(to_f(acc[r][1]), mul(scale[1], s), out[r][1]);
+  for (int i = 0; i < kWidth; i++) {
+    const F32 scale = load_f16(scales + 32 * (c + i));
+RL_UNROLL
+    for (int r = 0; r < R; r++) {
+      const F32 s = splat(((const float*)(a + r * stride + scales_at))[g]);
+      out[r][c + i] = fma(to_f(acc[r][i]), mul(scale, s), out[r][c + i]);
+    }
   }
 }
 
@@ -106,11 +134,14 @@ RL_UNROLL
 RL_UNROLL
         for (int line = 0; line < kRecord; line += 64) prefetch_far(record + ahead + line);
       }
-      I32 acc[R][2];
-      start_group<kFormat, R>(acc, a, stride, sums_at, g);
-      dot_group<kFormat, R>(acc, record, rows);
-      add_group<R>(out[p], acc, record + kCodes, a, stride, scales_at, g);
-      if constexpr (kFormat == Format::Q4_1) add_minima<R>(low[p], record + kCodes + 64, scaled_sums, g);
+RL_UNROLL
+      for (int c = 0; c < 2; c += kWidth) {
+        I32 acc[R][kWidth];
+        start_group<kFormat, R>(acc, a, stride, sums_at, g);
+        dot_group<kFormat, R>(acc, record + 64 * c, rows);
+        add_group<R>(out[p], c, acc, record + kCodes, a, stride, scales_at, g);
+        if constexpr (kFormat == Format::Q4_1) add_minima<R>(low[p], c, record + kCodes + 64, scaled_sums, g);
+      }
     }
   }
   if constexpr (kFormat == Format::Q4_1) {
@@ -130,42 +161,43 @@ template <Format kFormat, int R>
 inline __attribute__((always_inline)) void gemm_q8(F32 (&out)[R][2], int k, const uint8_t* panel, const int8_t* a,
                                                    size_t stride, size_t ahead, const Runs& elsewhere) {
   constexpr int kRecord = record_bytes(kFormat), kCodes = code_bytes(kFormat);
-  const int8_t* rows[R];
   const size_t scales_at = q8_scales_at(k), sums_at = q8_sums_at(k);
-RL_UNROLL
-  for (int r = 0; r < R; r++) {
-    rows[r] = a + r * stride;
-    out[r][0] = out[r][1] = zero_f();
-  }
-  const uint8_t* record = panel;
   Fetcher fetcher(elsewhere);
-  for (int g = 0; g < k / kGroup; g++, record += kRecord) {
-    I32 acc[R][2];
-    start_group<kFormat, R>(acc, a, stride, sums_at, g);
-    if (ahead) {
-RL_UNROLL
-      for (int line = 0; line < kRecord; line += 64) prefetch(record + ahead + line);
-    }
-    fetcher.fetch(kLinesPerGroup);
-    dot_group<kFormat, R>(acc, record, rows);
-    add_group<R>(out, acc, record + kCodes, a, stride, scales_at, g);
-RL_UNROLL
-    for (int r = 0; r < R; r++) rows[r] += kGroup;
-  }
-  if constexpr (kFormat == Format::Q4_1) {
-    const float* scaled_sums[R];
-    F32 low[R][2];
+  for (int c = 0; c < 2; c += kWidth) {
+    const int8_t* rows[R];
 RL_UNROLL
     for (int r = 0; r < R; r++) {
-      scaled_sums[r] = (const float*)(a + r * stride + q8_scaled_sums_at(k));
-      low[r][0] = low[r][1] = zero_f();
+      rows[r] = a + r * stride;
+      out[r][c] = out[r][c + kWidth - 1] = zero_f();
     }
-    record = panel + kCodes + 64;
-    for (int g = 0; g < k / kGroup; g++, record += kRecord) add_minima<R>(low, record, scaled_sums, g);
+    const uint8_t* record = panel;
+    for (int g = 0; g < k / kGroup; g++, record += kRecord) {
+      I32 acc[R][kWidth];
+      start_group<kFormat, R>(acc, a, stride, sums_at, g);
+      if (ahead && c == 0) {
 RL_UNROLL
-    for (int r = 0; r < R; r++) {
-      out[r][0] = add(out[r][0], low[r][0]);
-      out[r][1] = add(out[r][1], low[r][1]);
+        for (int line = 0; line < kRecord; line += 64) prefetch(record + ahead + line);
+      }
+      if (c == 0) fetcher.fetch(kLinesPerGroup);
+      dot_group<kFormat, R>(acc, record + 64 * c, rows);
+      add_group<R>(out, c, acc, record + kCodes, a, stride, scales_at, g);
+RL_UNROLL
+      for (int r = 0; r < R; r++) rows[r] += kGroup;
+    }
+    if constexpr (kFormat == Format::Q4_1) {
+      const float* scaled_sums[R];
+      F32 low[R][2];
+RL_UNROLL
+      for (int r = 0; r < R; r++) {
+        scaled_sums[r] = (const float*)(a + r * stride + q8_scaled_sums_at(k));
+        low[r][c] = low[r][c + kWidth - 1] = zero_f();
+      }
+      record = panel + kCodes + 64;
+      for (int g = 0; g < k / kGroup; g++, record += kRecord) add_minima<R>(low, c, record, scaled_sums, g);
+RL_UNROLL
+      for (int i = c; i < c + kWidth; i++)
+RL_UNROLL
+        for (int r = 0; r < R; r++) out[r][i] = add(out[r][i], low[r][i]);
     }
   }
 }

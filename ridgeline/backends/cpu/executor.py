@@ -69,7 +69,7 @@ class CpuExecutor:
             num_blocks: blocks of 16 tokens in each cache group (one group).
             max_blocks_per_slot: most blocks of one request.
             threads: size of the team; None takes what affinity and cgroup allow.
-            isa: "amx", "avx512" or "generic"; None takes the best this processor has.
+            isa: "amx", "avx512", "avx2" or "generic"; None takes the best this processor has.
             packed: called with each file tensor once nothing reads it any more.
 
         Raises:
