@@ -11,7 +11,7 @@ using F32 = __m512;
 using I32 = __m512i;
 using Mask = __mmask16;
 
-inline constexpr bool kPairSums = false;  // whether products of bytes are first summed in 16 bits
+inline constexpr bool kTwoRegisters = false;  // whether a vector is two registers (isa/vec_avx2.h)
 
 inline F32 zero_f() { return _mm512_setzero_ps(); }
 inline I32 zero_i() { return _mm512_setzero_si512(); }
@@ -48,6 +48,8 @@ inline I32 low_nibbles(I32 w) { return _mm512_and_si512(w, _mm512_set1_epi8(0x0f
 inline I32 high_nibbles(I32 w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(0x0f)); }
 // acc[lane] += sum over 4 bytes of unsigned u * signed s, exactly.
 inline I32 dot_u8s8(I32 acc, I32 u, I32 s) { return _mm512_dpbusd_epi32(acc, u, s); }
+inline F32 high_bf16(I32 x) { return from_bits(_mm512_and_si512(x, splat_i((int32_t)0xffff0000))); }
+inline F32 low_bf16(I32 x) { return from_bits(_mm512_slli_epi32(x, 16)); }
 // acc[lane] += the products of two bf16 pairs.
 inline F32 dot_bf16(F32 acc, I32 a, I32 b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 

@@ -12,7 +12,7 @@ typedef float F32 __attribute__((vector_size(64)));
 typedef int32_t I32 __attribute__((vector_size(64)));
 typedef uint32_t U32 __attribute__((vector_size(64)));
 
-inline constexpr bool kPairSums = false;  // whether products of bytes are first summed in 16 bits
+inline constexpr bool kTwoRegisters = false;  // whether a vector is two registers (isa/vec_avx2.h)
 
 inline F32 zero_f() { return F32{}; }
 inline I32 zero_i() { return I32{}; }

@@ -11,7 +11,7 @@ inline constexpr int kMaxWeight = 65535;
 
 // Register blocks: two planes of sums for every row and vector.
 template <int R>
-inline constexpr int kInt8Vectors = R <= 3 ? 4 : 2;
+inline constexpr int kInt8Vectors = kTwoRegisters ? 1 : R <= 3 ? 4 : 2;
 
 // scores[r][16 c ..] = q_r . k for C blocks of 16 keys, times the keys' scales and `scale`. `next`: the C blocks to
 // fetch meanwhile, or null.

@@ -7,13 +7,41 @@
 
 namespace ridgeline::RL_ISA {
 
+// out[r][c] = row r of `a` times one tile of a panel.
+template <Format kFormat, int R>
+inline __attribute__((always_inline)) void gemm_float_tile(F32 (&out)[R][2], int c, int k, const uint8_t* tile,
+                                                           const uint8_t* a, size_t stride) {
+  F32 acc[R];
+RL_UNROLL
+  for (int r = 0; r < R; r++) acc[r] = zero_f();
+  constexpr int kStep = kFormat == Format::F16 ? 64 : 128;
+  const int steps = kFormat == Format::BF16 ? k / 2 : k;
+  for (int i = 0; i < steps; i++, tile += kStep) {
+    if constexpr (kFormat == Format::BF16) {
+      const I32 v = load_i(tile);
+RL_UNROLL
+      for (int r = 0; r < R; r++) acc[r] = dot_bf16(acc[r], v, splat_word(a + r * stride + 4 * i));
+    } else {
+      const F32 v = kFormat == Format::F16 ? load_f16(tile) : load_f(tile);
+RL_UNROLL
+      for (int r = 0; r < R; r++) acc[r] = fma(v, splat(((const float*)(a + r * stride))[i]), acc[r]);
+    }
+  }
+RL_UNROLL
+  for (int r = 0; r < R; r++) out[r][c] = acc[r];
+}
+
 // out[r] = row r of `a` (`stride` bytes apart) times a panel's two tiles.
 template <Format kFormat, int R>
 inline __attribute__((always_inline)) void gemm_float(F32 (&out)[R][2], int k, const uint8_t* panel, const uint8_t* a,
                                                       size_t stride) {
+  constexpr int kTileBytes = kFormat == Format::F16 ? 32 : 64;
+  if constexpr (kTwoRegisters) {  // one tile after the other
+    for (int c = 0; c < 2; c++) gemm_float_tile<kFormat, R>(out, c, k, panel + c * kTileBytes, a, stride);
+    return;
+  }
 RL_UNROLL
   for (int r = 0; r < R; r++) out[r][0] = out[r][1] = zero_f();
-  constexpr int kTileBytes = kFormat == Format::F16 ? 32 : 64;
   const int steps = kFormat == Format::BF16 ? k / 2 : k;
   for (int i = 0; i < steps; i++, panel += 2 * kTileBytes) {
     if constexpr (kFormat == Format::BF16) {

@@ -16,7 +16,7 @@ template <Format kFormat>
 inline constexpr int kZeroPoint = kFormat == Format::Q4_0 ? 8 : kFormat == Format::Q8_0 ? 128 : 0;
 
 // Vectors of a panel's two that are computed together: as many as leave the sums of several rows in registers.
-inline constexpr int kWidth = kPairSums ? 1 : 2;
+inline constexpr int kWidth = kTwoRegisters ? 1 : 2;
 
 // acc[r] += a group's 32 products; rows[r] points at the group's 32 activations.
 template <Format kFormat, int R>
@@ -24,7 +24,7 @@ inline __attribute__((always_inline)) void dot_group(I32 (&acc)[R][kWidth], cons
                                                      const int8_t* const (&rows)[R]) {
   constexpr bool kEight = kFormat == Format::Q8_0;
   constexpr int kWords = kEight ? 8 : 4;
-  if constexpr (kPairSums) {  // sums of nibbles in 16 bits, then of those in 32
+  if constexpr (kTwoRegisters) {  // sums of nibbles in 16 bits, then of those in 32
     I32 sums[R];
 RL_UNROLL
     for (int plane = 0; plane < 2; plane++) {

@@ -16,9 +16,10 @@
 namespace ridgeline::RL_ISA {
 namespace {
 
-constexpr int kMaxRows = 8;  // rows of one register block
-// Six rows by a panel keep all accumulators in registers; for few rows, eight read the weights fewer times.
-constexpr int kManyRows = 6;
+// Rows of one register block. Six rows by a panel keep all accumulators in registers (four by half a panel, where it has
+// two registers to a vector); for few rows, eight read the weights fewer times.
+constexpr int kMaxRows = kTwoRegisters ? 4 : 8;
+constexpr int kManyRows = std::min(6, kMaxRows);
 constexpr int kFewRows = 16;   // up to here reading the weights matters beside the arithmetic
 constexpr int kStreamRows = 2;  // up to here nothing else does, and two units are read side by side
 
@@ -164,7 +165,9 @@ template <Format kFormat>
 constexpr Block kBlocks[kMaxRows + 1 + kStreamRows] = {
     nullptr,
     block<kFormat, 1, 1>, block<kFormat, 2, 1>, block<kFormat, 3, 1>, block<kFormat, 4, 1>,
+#if !defined(RL_ISA_AVX2)
     block<kFormat, 5, 1>, block<kFormat, 6, 1>, block<kFormat, 7, 1>, block<kFormat, 8, 1>,
+#endif
     block<kFormat, 1, 2>, block<kFormat, 2, 2>};
 
 const Block* blocks_of(Format f) {

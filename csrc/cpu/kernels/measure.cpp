@@ -34,30 +34,32 @@ double read_bytes(const uint8_t* data, size_t bytes, int variant) {
   return (double)lanes[kLaneOf[0]];
 }
 
-I32 start_i(int chain) { return splat_i(chain); }
-F32 start_f(int chain) { return splat((float)chain); }
+constexpr int kChains = kTwoRegisters ? 6 : 12;
+alignas(64) constexpr int32_t kStart[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+I32 start_i(int chain) { return add_i(load_i(kStart), splat_i(16 * chain)); }
+F32 start_f(int chain) { return to_f(start_i(chain)); }
 
-// Twelve independent chains of one instruction. The operands are volatile once, so as not to be folded, and
-// chains start apart, so as not to be merged.
+// Independent chains of one instruction, as many as hide how long it takes. The operands are volatile once, so as not to
+// be folded, and chains and lanes start apart, so as not to be merged.
 template <class Acc, class Next>
 inline __attribute__((always_inline)) float chains(Acc (*start)(int), long iterations, Next next) {
-  Acc acc[12];
+  Acc acc[kChains];
 RL_UNROLL
-  for (int i = 0; i < 12; i++) acc[i] = start(i);
+  for (int i = 0; i < kChains; i++) acc[i] = start(i);
   for (long k = 0; k < iterations; k += 8) {
 RL_UNROLL
     for (int again = 0; again < 8; again++) {
 RL_UNROLL
-      for (int i = 0; i < 12; i++) acc[i] = next(acc[i]);
+      for (int i = 0; i < kChains; i++) acc[i] = next(acc[i]);
     }
   }
-  float first = 0;
-  for (int i = 0; i < 12; i++) {
+  float total = 0;
+  for (int i = 0; i < kChains; i++) {
     float lanes[16];
     __builtin_memcpy(lanes, &acc[i], sizeof lanes);
-    first += lanes[0];
+    for (float lane : lanes) total += lane;  // all, or none of the others would be computed
   }
-  return first;
+  return total;
 }
 
 #if defined(RL_ISA_AMX)
@@ -88,12 +90,19 @@ double spin_ops(int kind, long iterations) {
   const I32 ones = splat_i(one), pairs = splat_i(pair);
   const F32 small = splat(thousandth);
   volatile float sink = 0;
-  if (kind == 0) sink = chains(start_i, iterations, [&](I32 x) { return dot_u8s8(x, ones, ones); });
+  auto dot = [&](I32 x) {
+    if constexpr (kTwoRegisters) {
+      return dot_u4s8(x, ones, ones);
+    } else {
+      return dot_u8s8(x, ones, ones);
+    }
+  };
+  if (kind == 0) sink = chains(start_i, iterations, dot);
   if (kind == 1) sink = chains(start_f, iterations, [&](F32 x) { return dot_bf16(x, pairs, pairs); });
   if (kind == 2) sink = chains(start_f, iterations, [&](F32 x) { return fma(small, small, x); });
   (void)sink;
   const double per_lane[] = {8, 4, 2};
-  return (double)((iterations + 7) / 8 * 8) * 12 * kLanes * per_lane[kind];
+  return (double)((iterations + 7) / 8 * 8) * kChains * kLanes * per_lane[kind];
 }
 
 }  // namespace ridgeline::RL_ISA
