@@ -331,8 +331,8 @@ def test_pool_and_context_sizes() -> None:
 
 def test_activations_are_the_fastest_for_batches_unless_one_request_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RIDGELINE_ISA", raising=False)
-    chosen = {isa: activation_dtype(EngineConfig(isa=isa)) for isa in ("generic", "avx512", "amx")}
-    assert chosen == {"generic": "int8", "avx512": "int8", "amx": "bf16"}
+    chosen = {isa: activation_dtype(EngineConfig(isa=isa)) for isa in ("generic", "avx2", "avx512", "amx")}
+    assert chosen == {"generic": "int8", "avx2": "int8", "avx512": "int8", "amx": "bf16"}
     assert activation_dtype(EngineConfig(isa="amx", activation_dtype="int8")) == "int8"
     assert cache_dtype(EngineConfig(isa="amx"), 64, [FORMATS["q4_1"]]) == "int8"
     assert cache_dtype(EngineConfig(isa="amx", activation_dtype="int8"), 64, [FORMATS["q4_1"]]) == "bf16"

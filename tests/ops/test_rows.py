@@ -152,6 +152,25 @@ def test_embedding_is_exact(case: RowCase) -> None:
         np.testing.assert_array_equal(decode(raw, "f32"), dequantize(fmt, data, (75, width))[ids])
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("fmt", "code"), [("q4_0", 0xFF), ("q4_1", 0xFF), ("q8_0", 0x7F), ("q8_0", 0x80)])
+def test_sums_of_the_largest_products_do_not_overflow(fmt: str, code: int, sign: int) -> None:
+    """Where products are first summed in 16 bits, these are the sums that fill them."""
+    rows, n, k = 9, 40, 64
+    info = FORMATS[fmt]
+    head = np.array([1, 0][: 1 + info.has_minimum], "<f2").view(np.uint8)  # scale 1, minimum 0
+    group = np.concatenate([head, np.full(32 if fmt == "q8_0" else 16, code, np.uint8)])
+    data = np.tile(group, n * k // 32)
+    graph = LoneGraph(rows, rows)
+    x = np.full((rows, k), sign, np.float32)
+    values = graph.emit("quantize", [graph.activation("x", x)], {"to": "q8"})
+    (output,) = graph.emit("linear", [*values, graph.stored("w", (n, k), info, data)], {})
+    expected = x.astype(np.float64) @ dequantize(info, data, (n, k)).T
+    for isa in ISAS:
+        raw = NativeGraph(graph.build(logits=output), graph.values, isa=isa, threads=2).run(single_request(rows))
+        np.testing.assert_allclose(decode(raw, "f32"), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("fmt", ["f32", "bf16", "q4_1", "q8_0", "q4_1 tiles", "q8_0 tiles"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, fmt: str) -> None:

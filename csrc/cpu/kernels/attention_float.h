@@ -22,8 +22,8 @@ inline void expand_bf16(float* out, const uint16_t* x, int n) {
   for (int i = 0; i < n; i++) out[i] = std::bit_cast<float>((uint32_t)x[i] << 16);
 }
 
-// Cache lines of what is needed next, one for each of C vectors. A core overlaps few cache misses of its own while it computes, so what
-// comes after is fetched line by line meanwhile, in the order a hardware prefetcher can follow.
+// Cache lines of what is needed next, one for each of C vectors. A core overlaps few cache misses of its own while it
+// computes, so what comes after is fetched line by line meanwhile, in the order a hardware prefetcher can follow.
 template <int C>
 inline __attribute__((always_inline)) void fetch_lines(const uint8_t* p) {
   for (int i = 0; i < 64 * C; i += 64) prefetch(p + i);

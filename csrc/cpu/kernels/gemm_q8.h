@@ -67,7 +67,8 @@ RL_UNROLL
 
 inline constexpr int kLinesPerGroup = 6;  // of other memory, fetched meanwhile
 
-// acc[r] += minimum * (scale_a * sum a) of one group and the vectors from `c` on; sums[r] points at the row's scaled sums.
+// acc[r] += minimum * (scale_a * sum a) of one group, for the vectors from `c` on; sums[r] points at the row's scaled
+// sums.
 template <int R>
 inline __attribute__((always_inline)) void add_minima(F32 (&acc)[R][2], int c, const uint8_t* minima,
                                                       const float* const (&sums)[R], int g) {

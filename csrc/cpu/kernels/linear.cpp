@@ -16,8 +16,8 @@
 namespace ridgeline::RL_ISA {
 namespace {
 
-// Rows of one register block. Six rows by a panel keep all accumulators in registers (four by half a panel, where it has
-// two registers to a vector); for few rows, eight read the weights fewer times.
+// Rows of one register block. Six rows by a panel keep all accumulators in registers; for few rows, eight read the
+// weights fewer times. Where a vector is two registers, it is four rows by half a panel.
 constexpr int kMaxRows = kTwoRegisters ? 4 : 8;
 constexpr int kManyRows = std::min(6, kMaxRows);
 constexpr int kFewRows = 16;   // up to here reading the weights matters beside the arithmetic

@@ -39,8 +39,8 @@ alignas(64) constexpr int32_t kStart[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
 I32 start_i(int chain) { return add_i(load_i(kStart), splat_i(16 * chain)); }
 F32 start_f(int chain) { return to_f(start_i(chain)); }
 
-// Independent chains of one instruction, as many as hide how long it takes. The operands are volatile once, so as not to
-// be folded, and chains and lanes start apart, so as not to be merged.
+// Independent chains of one instruction, as many as hide its latency. The operands are volatile once, so as not to be
+// folded, and chains and lanes start apart, so as not to be merged.
 template <class Acc, class Next>
 inline __attribute__((always_inline)) float chains(Acc (*start)(int), long iterations, Next next) {
   Acc acc[kChains];
@@ -90,7 +90,7 @@ double spin_ops(int kind, long iterations) {
   const I32 ones = splat_i(one), pairs = splat_i(pair);
   const F32 small = splat(thousandth);
   volatile float sink = 0;
-  auto dot = [&](I32 x) {
+  auto dot = [&](auto x) {
     if constexpr (kTwoRegisters) {
       return dot_u4s8(x, ones, ones);
     } else {
