@@ -2,7 +2,6 @@
 // Every primitive means what its AVX-512 sibling means; only fma (two roundings here) differs in bits.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -11,6 +10,8 @@ namespace ridgeline::RL_ISA {
 typedef float F32 __attribute__((vector_size(64)));
 typedef int32_t I32 __attribute__((vector_size(64)));
 typedef uint32_t U32 __attribute__((vector_size(64)));
+typedef int16_t I16 __attribute__((vector_size(64)));
+typedef uint16_t U16 __attribute__((vector_size(64)));
 
 inline constexpr bool kTwoRegisters = false;  // whether a vector is two registers (isa/vec_avx2.h)
 
@@ -34,10 +35,10 @@ inline I32 bits(F32 a) { I32 x; std::memcpy(&x, &a, 64); return x; }
 inline F32 from_bits(I32 a) { F32 x; std::memcpy(&x, &a, 64); return x; }
 inline F32 abs(F32 a) { return from_bits(bits(a) & 0x7fffffff); }
 inline F32 to_f(I32 a) { return __builtin_convertvector(a, F32); }
+// Adding a number whose last bit is worth 1 rounds as the adder does; larger ones, and NaN, are whole already.
 inline F32 round_even(F32 x) {
-  F32 r;
-  for (int i = 0; i < 16; i++) r[i] = std::nearbyintf(x[i]);
-  return r;
+  const F32 magic = splat(0x1.8p23f), r = (x + magic) - magic;
+  return abs(x) < 0x1p22f ? r : x;
 }
 inline I32 to_i(F32 a) { return __builtin_convertvector(round_even(a), I32); }
 inline I32 max_i(I32 a, I32 b) { return a > b ? a : b; }
@@ -45,13 +46,12 @@ inline I32 add_i(I32 a, I32 b) { return a + b; }
 
 inline I32 low_nibbles(I32 w) { return w & 0x0f0f0f0f; }
 inline I32 high_nibbles(I32 w) { return (I32)((U32)w >> 4) & 0x0f0f0f0f; }
+// The sum of a lane's two 16-bit numbers.
+inline I32 add_halves(I16 x) { return ((I32)((U32)(I32)x << 16) >> 16) + ((I32)x >> 16); }
+// A product of two bytes fits 16 bits, and every target multiplies those.
 inline I32 dot_u8s8(I32 acc, I32 u, I32 s) {
-  for (int j = 0; j < 4; j++) {
-    I32 ub = (I32)((U32)u >> (8 * j)) & 0xff;
-    I32 sb = (I32)((U32)s << (24 - 8 * j)) >> 24;
-    acc += ub * sb;
-  }
-  return acc;
+  const I16 even = ((I16)u & 0xff) * ((I16)((U16)(I16)s << 8) >> 8), odd = (I16)((U16)(I16)u >> 8) * ((I16)s >> 8);
+  return acc + add_halves(even) + add_halves(odd);
 }
 inline F32 high_bf16(I32 x) { return from_bits(x & (int32_t)0xffff0000); }
 inline F32 low_bf16(I32 x) { return from_bits((I32)((U32)x << 16)); }
@@ -163,9 +163,10 @@ inline F32 keep_first(F32 x, int n, F32 other) {
   return x;
 }
 inline I32 low_halves(I32 x) { return x & 0xffff; }
+// For n of -254 to 254, in two steps, neither of which overflows.
 inline F32 scale_by_power(F32 x, F32 n) {
-  for (int i = 0; i < 16; i++) x[i] = std::ldexp(x[i], (int)n[i]);
-  return x;
+  const I32 whole = __builtin_convertvector(n, I32), part = whole >> 1;
+  return x * from_bits((part + 127) << 23) * from_bits((whole - part + 127) << 23);
 }
 inline F32 scale_down(F32 x, F32 n) { return scale_by_power(x, n); }  // for n of at most 127
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
