@@ -1,5 +1,5 @@
 // AVX2 (with FMA, F16C and BMI2): sixteen 32-bit lanes in two registers. Every primitive means what its AVX-512
-// sibling means, to the bit but for reciprocal() and what a job's flushing of denormals leaves (team.cpp).
+// sibling means; dot_bf16 (two roundings), reciprocal() and denormals, which a job flushes (team.cpp), differ in bits.
 #pragma once
 
 #include <immintrin.h>
