@@ -1,4 +1,4 @@
-// Which of the kernels this processor can run.
+// Which of the kernels this processor can run, and how it likes memory to be fetched.
 #include "step.h"
 
 #if defined(RL_HAVE_X86_64)
@@ -35,7 +35,21 @@ bool amx_supported() {
   return (d & needed) == needed && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 }
 
+Fetching fetching_here() {
+  __builtin_cpu_init();
+  Fetching f;
+  if (__builtin_cpu_is("intel")) {
+    f.stream_second_level = true, f.two_streams = false, f.stream_ahead = 16384;
+  } else if (__builtin_cpu_is("amd") && __builtin_cpu_is("amdfam19h") && avx512_supported()) {  // Zen 4
+    f.second_level = f.stream_second_level = true, f.two_streams = f.whole_panels = false;
+    f.stream_ahead = 1024, f.ahead = 8192, f.few_lines = 12;
+  }
+  return f;
+}
+
 }  // namespace
+
+const Fetching fetching = fetching_here();
 
 const Kernels* kernels_avx2_table();
 const Kernels* kernels_avx512_table();
@@ -55,6 +69,7 @@ std::vector<const Kernels*> available_kernels() {
   return all;
 }
 #else
+const Fetching fetching;
 const Kernels* kernels_amx() { return nullptr; }
 std::vector<const Kernels*> available_kernels() { return {kernels_generic_table()}; }
 #endif

@@ -180,6 +180,19 @@ struct SampleArgs {
 // Four arrays of 4-byte numbers, one for each token with room for a vector more, and the maxima of groups of 256.
 inline size_t sample_scratch_bytes(int vocab) { return 16 * ((size_t)vocab + 16) + 64 * ((size_t)vocab / 256 + 1); }
 
+// How this processor likes memory to be fetched ahead: the same instructions help one design and hinder the next
+// (docs/perf-log.md). Results do not depend on it.
+struct Fetching {
+  bool second_level = false;         // lines stop at the second-level cache,
+  bool stream_second_level = false;  // and those of weights for one and two rows
+  bool two_streams = true;           // one and two rows read two units of weights side by side
+  size_t stream_ahead = 4096;        // bytes further on that weights are fetched for one and two rows,
+  size_t ahead = 16384;              // and for one register block of more
+  bool whole_panels = true;          // which of 8-bit weights fetches the next panel at once instead
+  int few_lines = 6;                 // lines that few register blocks fetch with a group of K, a multiple of 6
+};
+extern const Fetching fetching;
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;

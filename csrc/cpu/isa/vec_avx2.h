@@ -263,7 +263,8 @@ inline F32 scale_down(F32 x, F32 n) {
 }
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
 inline __attribute__((always_inline)) void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
-inline __attribute__((always_inline)) void prefetch_far(const void* p) { prefetch(p); }
+// Into the second-level cache, not on to the first.
+inline __attribute__((always_inline)) void prefetch_second(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 // Both halves of the 64-bit products of unsigned lanes.
 inline void mul_wide(I32 a, uint32_t by, I32& high, I32& low) {

@@ -106,14 +106,8 @@ inline F32 scale_down(F32 x, F32 n) { return scale_by_power(x, n); }  // for n o
 inline F32 round_even(F32 x) { return _mm512_roundscale_ps(x, 0); }
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
 inline __attribute__((always_inline)) void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
-// For what is read once, far ahead: processors with AMX stream faster when it stops at the second-level cache.
-inline __attribute__((always_inline)) void prefetch_far(const void* p) {
-#if defined(RL_ISA_AMX)
-  _mm_prefetch((const char*)p, _MM_HINT_T1);
-#else
-  prefetch(p);
-#endif
-}
+// Into the second-level cache, not on to the first.
+inline __attribute__((always_inline)) void prefetch_second(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 // Comparisons give one bit a lane; a NaN compares false.
 inline uint32_t at_least(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }

@@ -171,7 +171,7 @@ inline F32 scale_by_power(F32 x, F32 n) {
 inline F32 scale_down(F32 x, F32 n) { return scale_by_power(x, n); }  // for n of at most 127
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
 inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p); }
-inline __attribute__((always_inline)) void prefetch_far(const void* p) { __builtin_prefetch(p); }
+inline __attribute__((always_inline)) void prefetch_second(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 inline uint32_t lane_bits(I32 chosen) {  // -1 or 0 a lane
   uint32_t b = 0;

@@ -5,6 +5,7 @@
 #include <bit>
 #include <limits>
 
+#include "kernels/fetch.h"
 #include "kernels/kv.h"
 
 namespace ridgeline::RL_ISA {
@@ -22,15 +23,9 @@ inline void expand_bf16(float* out, const uint16_t* x, int n) {
   for (int i = 0; i < n; i++) out[i] = std::bit_cast<float>((uint32_t)x[i] << 16);
 }
 
-// Cache lines of what is needed next, one for each of C vectors. A core overlaps few cache misses of its own while it
-// computes, so what comes after is fetched line by line meanwhile, in the order a hardware prefetcher can follow.
-template <int C>
-inline __attribute__((always_inline)) void fetch_lines(const uint8_t* p) {
-  for (int i = 0; i < 64 * C; i += 64) prefetch(p + i);
-}
-
 // scores[r][16 c ..] = q_r . k for C blocks of 16 keys; q rows are bf16 or fp32 as the cache is. `next`: the C blocks
-// to fetch meanwhile, or null.
+// to fetch meanwhile, or null: a core overlaps few cache misses of its own while it computes, so they are fetched line
+// by line, one for each vector computed, in the order a hardware prefetcher can follow.
 template <Dtype kType, int R, int C>
 inline __attribute__((always_inline)) void score_blocks(const uint8_t* const* q, const uint8_t* const* keys, int dim,
                                                         F32 scale, float* scores, const uint8_t* const* next) {
@@ -40,11 +35,12 @@ RL_UNROLL
 RL_UNROLL
     for (int c = 0; c < C; c++) acc[r][c] = zero_f();
   constexpr int kLine = kType == Dtype::F16 ? 32 : 64;
+  const bool second = fetching.second_level;
   const int steps = dim / Kv<kType>::kPair;
   int fetched_line = 0, fetched_block = 0;
   for (int d = 0; d < steps; d++) {
     if (next) {  // block after block, C of a block's lines a step
-      fetch_lines<C>(next[fetched_block] + (size_t)kLine * fetched_line);
+      prefetch_lines<C>(next[fetched_block] + (size_t)kLine * fetched_line, second);
       fetched_line += C;
       if (fetched_line >= steps) fetched_line -= steps, fetched_block++;
     }
@@ -128,10 +124,11 @@ inline __attribute__((always_inline)) void weigh_values(F32 (&acc)[R][C], const 
                                                         int to, const uint8_t* const* next = nullptr) {
   constexpr int kPerBlock = kBlock / Kv<kType>::kPair;
   constexpr int kElement = kType == Dtype::F16 ? 2 : 4;  // bytes of one lane in memory
+  const bool second = fetching.second_level;
   for (int t = from; t < to; t++) {
     const size_t offset = (size_t)kElement * ((t % kPerBlock) * dim + at);
     const uint8_t* row = values[t / kPerBlock] + offset;
-    if (next) fetch_lines<C>(next[t / kPerBlock] + offset);
+    if (next) prefetch_lines<C>(next[t / kPerBlock] + offset, second);
     if constexpr (kExpanded<kType>) {
       I32 v[C];
 RL_UNROLL

@@ -12,7 +12,6 @@ namespace ridgeline::RL_ISA {
 // With more requests than fit a register block, products leave memory time for the cache. Weights unpacked for tiles do
 // so from two on, since that takes longer than reading. (For one, what attention gains the products lose.)
 inline constexpr int busy_rows(Format f) { return is_tiled(f) ? 1 : 8; }
-inline constexpr size_t kFetchAhead = 16384;  // bytes further on that weights are fetched
 
 // Hands out, piece by piece, the cache that this thread's next attention tasks read. Enough rows keep a product busy
 // with arithmetic while memory is idle; attention, the other way round, waits for memory.
@@ -36,7 +35,7 @@ class CacheAhead {
     const int whole = (int)(s_.cache.layer_bytes / 64), each = (whole + lines - 1) / lines;
     const int left = (whole - w_.fetched_lines + lines - 1) / lines;
     const Runs runs{blocks[0] + offset + 64 * (size_t)w_.fetched_lines, left, blocks + 1, offset, each,
-                    std::min(groups, left + (blocks_ - w_.fetched - 1) * each)};
+                    std::min(groups, left + (blocks_ - w_.fetched - 1) * each), lines};
     if (groups < left) {
       w_.fetched_lines += groups * lines;
     } else {

@@ -2,8 +2,21 @@
 #pragma once
 
 #include "isa/isa.h"
+#include "step.h"
 
 namespace ridgeline::RL_ISA {
+
+// Starts to bring kLines lines into the cache, only into the second level if `second`.
+template <int kLines>
+inline __attribute__((always_inline)) void prefetch_lines(const uint8_t* p, bool second) {
+  if (second) {
+RL_UNROLL
+    for (int i = 0; i < kLines; i++) prefetch_second(p + 64 * i);
+  } else {
+RL_UNROLL
+    for (int i = 0; i < kLines; i++) prefetch(p + 64 * i);
+  }
+}
 
 // The rest of a run of memory, then runs that start `offset` behind blocks[0], blocks[1] and so on. Runs are looked up
 // as they come: a list of lines, made for the purpose, would be stored behind a product's results and wait for them.
@@ -14,25 +27,26 @@ struct Runs {
   size_t offset = 0;
   int each = 0;    // groups that every other run lasts for
   int groups = 0;  // in all
+  int lines = 0;   // fetched with a group
 };
 
 class Fetcher {
  public:
   explicit Fetcher(const Runs& runs) : runs_(runs) {}
 
-  // Fetches the next `lines`, unless all runs are over.
-  inline __attribute__((always_inline)) void fetch(int lines) {
+  // Fetches a group's lines, kUnit at a time, unless all runs are over.
+  template <int kUnit>
+  inline __attribute__((always_inline)) void fetch() {
     if (runs_.groups == 0) return;
     runs_.groups--;
     if (runs_.left == 0) runs_.at = *runs_.blocks++ + runs_.offset, runs_.left = runs_.each;
     runs_.left--;
-RL_UNROLL
-    for (int i = 0; i < lines; i++) prefetch(runs_.at + 64 * i);
-    runs_.at += 64 * lines;
+    for (int i = 0; i < runs_.lines; i += kUnit, runs_.at += 64 * kUnit) prefetch_lines<kUnit>(runs_.at, second_);
   }
 
  private:
   Runs runs_;
+  const bool second_ = fetching.second_level;
 };
 
 }  // namespace ridgeline::RL_ISA

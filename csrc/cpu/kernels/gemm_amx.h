@@ -89,6 +89,8 @@ RL_UNROLL
 }
 
 // Up to 32 rows of activations by one panel.
+inline constexpr int kTileLines = 8;  // of the cache, fetched with each group of K
+
 struct TileProduct {
   const uint8_t* x;        // [blocks of 16 rows][tiles of K][rows][64 bytes], then the sums of groups if there are minima
   size_t x_tile, x_block;  // bytes of a tile and of a block's tiles
@@ -98,8 +100,7 @@ struct TileProduct {
   int groups, begin, end;
   const uint8_t* next;     // as many bytes as a panel has are fetched from here: weights that are wanted soon
   size_t next_bytes;       // of a panel
-  Runs elsewhere;  // fetched as well,
-  int lines;       // so much with each group of K
+  Runs elsewhere;          // fetched as well
   float (*sums)[256];      // out: four tiles of 16 by 16, as many as there are rows for; a later part adds to them
 };
 
@@ -165,15 +166,15 @@ __attribute__((noinline)) void tile_product(const TileProduct& p) {
     if (kUnpack && g < end) {
       const uint8_t* record = p.panel + g * kRecord;
 RL_UNROLL
-      for (int line = 0; line < kRecord; line += 64) prefetch_far(p.next + g * kRecord + line);
-      for (size_t line = 0; line < rest_lines; line++) prefetch_far(rest + (g * rest_lines + line) * 64);
+      for (int line = 0; line < kRecord; line += 64) prefetch_second(p.next + g * kRecord + line);
+      for (size_t line = 0; line < rest_lines; line++) prefetch_second(rest + (g * rest_lines + line) * 64);
       if constexpr (kPacked) {
         uint8_t* to = slot(g);
         unpack_group<kFormat>(record, record + 2 * kCodes, to);
         unpack_group<kFormat>(record + kCodes, record + 2 * kCodes + 32, to + kTileBytes);
       }
     }
-    fetcher.fetch(p.lines);
+    fetcher.fetch<kTileLines>();
     tile_fence();
     if (g < begin + kLag) continue;
     const size_t h = g - kLag;

@@ -65,7 +65,7 @@ RL_UNROLL
   }
 }
 
-inline constexpr int kLinesPerGroup = 6;  // of other memory, fetched meanwhile
+inline constexpr int kLinesPerGroup = 6;  // of other memory, fetched meanwhile, or a multiple of them
 
 // acc[r] += minimum * (scale_a * sum a) of one group, for the vectors from `c` on; sums[r] points at the row's scaled
 // sums.
@@ -116,6 +116,7 @@ inline __attribute__((always_inline)) void stream_q8(F32 (&out)[P][R][2], int k,
                                                      const int8_t* a, size_t stride, size_t ahead) {
   constexpr int kRecord = record_bytes(kFormat), kCodes = code_bytes(kFormat);
   const size_t scales_at = q8_scales_at(k), sums_at = q8_sums_at(k);
+  const bool second = fetching.stream_second_level;
   const float* scaled_sums[R];
   F32 low[P][R][2];
 RL_UNROLL
@@ -131,10 +132,7 @@ RL_UNROLL
 RL_UNROLL
     for (int p = 0; p < P; p++) {
       const uint8_t* record = panels[p] + (size_t)g * kRecord;
-      if (ahead) {
-RL_UNROLL
-        for (int line = 0; line < kRecord; line += 64) prefetch_far(record + ahead + line);
-      }
+      if (ahead) prefetch_lines<(kRecord + 63) / 64>(record + ahead, second);
 RL_UNROLL
       for (int c = 0; c < 2; c += kWidth) {
         I32 acc[R][kWidth];
@@ -163,6 +161,7 @@ inline __attribute__((always_inline)) void gemm_q8(F32 (&out)[R][2], int k, cons
                                                    size_t stride, size_t ahead, const Runs& elsewhere) {
   constexpr int kRecord = record_bytes(kFormat), kCodes = code_bytes(kFormat);
   const size_t scales_at = q8_scales_at(k), sums_at = q8_sums_at(k);
+  const bool second = fetching.second_level;
   Fetcher fetcher(elsewhere);
   for (int c = 0; c < 2; c += kWidth) {
     const int8_t* rows[R];
@@ -175,11 +174,8 @@ RL_UNROLL
     for (int g = 0; g < k / kGroup; g++, record += kRecord) {
       I32 acc[R][kWidth];
       start_group<kFormat, R>(acc, a, stride, sums_at, g);
-      if (ahead && c == 0) {
-RL_UNROLL
-        for (int line = 0; line < kRecord; line += 64) prefetch(record + ahead + line);
-      }
-      if (c == 0) fetcher.fetch(kLinesPerGroup);
+      if (ahead && c == 0) prefetch_lines<(kRecord + 63) / 64>(record + ahead, second);
+      if (c == 0) fetcher.fetch<kLinesPerGroup>();
       dot_group<kFormat, R>(acc, record + 64 * c, rows);
       add_group<R>(out, c, acc, record + kCodes, a, stride, scales_at, g);
 RL_UNROLL

@@ -20,20 +20,14 @@ namespace {
 // weights fewer times. Where a vector is two registers, it is four rows by half a panel.
 constexpr int kMaxRows = kTwoRegisters ? 4 : 8;
 constexpr int kManyRows = std::min(6, kMaxRows);
-constexpr int kFewRows = 16;   // up to here reading the weights matters beside the arithmetic
-constexpr int kStreamRows = 2;  // up to here nothing else does, and two units are read side by side
-
-constexpr size_t kPairAhead = 4096;  // bytes further on that each of two units is fetched
-#if defined(RL_ISA_AMX)
-constexpr bool kTwoStreams = false;  // not measured there
-#else
-constexpr bool kTwoStreams = true;
-#endif
+constexpr int kFewRows = 16;    // up to here reading the weights matters beside the arithmetic
+constexpr int kStreamRows = 2;  // up to here nothing else does
+constexpr int kFewBlocks = 4;   // register blocks that may fetch more with a group of K than others
 
 // Starts to bring a panel into the cache. With 8-bit records a core asks for this many lines ahead of eight rows
 // of arithmetic only when told so beforehand (docs/perf-log.md).
 inline void fetch_panel(const uint8_t* panel, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) prefetch(panel + i);
+  for (size_t i = 0; i < bytes; i += 64) prefetch_lines<1>(panel + i, fetching.second_level);
 }
 
 // Columns of the output computed together: a panel's, or two panels' where gates leave half of them.
@@ -48,21 +42,24 @@ class Ahead {
  public:
   Ahead(const LinearArgs& a, CacheAhead& cache) : cache_(cache), groups_(a.w.k / kGroup) {}
 
+  // The rows' register blocks are `parts`, each of which fetches as much.
+  void divide(int parts) { lines_ = parts <= kFewBlocks ? fetching.few_lines : kLinesPerGroup; }
   void expect(const uint8_t* weights, size_t bytes) { at_ = weights, end_ = weights + bytes; }
   Runs take() {  // what one product fetches
-    if (at_ >= end_) return cache_.take(groups_, kLinesPerGroup);
+    if (at_ >= end_) return cache_.take(groups_, lines_);
     at_ += piece();
-    return {at_ - piece(), groups_, nullptr, 0, 0, groups_};
+    return {at_ - piece(), groups_, nullptr, 0, 0, groups_, lines_};
   }
   void hurry() {  // what one more product would leave of the weights is fetched at once
-    for (; end_ - at_ > (long)piece(); at_ += 64) prefetch(at_);
+    for (; end_ - at_ > (long)piece(); at_ += 64) prefetch_lines<1>(at_, fetching.second_level);
   }
 
  private:
-  size_t piece() const { return (size_t)groups_ * kLinesPerGroup * 64; }
+  size_t piece() const { return (size_t)groups_ * lines_ * 64; }
 
   CacheAhead& cache_;
   const int groups_;
+  int lines_ = kLinesPerGroup;
   const uint8_t *at_ = nullptr, *end_ = nullptr;
 };
 
@@ -76,11 +73,12 @@ inline __attribute__((always_inline)) void gemm(F32 (&out)[P][R][2], const Packe
 RL_UNROLL
     for (int p = 0; p < P; p++) gemm_float<kFormat, R>(out[p], w.k, panels[p], x, stride);
   } else if constexpr (R <= kStreamRows) {
-    stream_q8<kFormat, R, P>(out, w.k, panels, (const int8_t*)x, stride, !stream ? 0 : P == 1 ? kFetchAhead : kPairAhead);
+    stream_q8<kFormat, R, P>(out, w.k, panels, (const int8_t*)x, stride, stream ? fetching.stream_ahead : 0);
   } else {
-    constexpr bool kEight = kFormat == Format::Q8_0;
-    if (kEight && stream) fetch_panel(panels[0] + w.panel_bytes, w.panel_bytes);
-    gemm_q8<kFormat, R>(out[0], w.k, panels[0], (const int8_t*)x, stride, stream && !kEight ? kFetchAhead : 0, ahead.take());
+    const bool whole = stream && kFormat == Format::Q8_0 && fetching.whole_panels;
+    if (whole) fetch_panel(panels[0] + w.panel_bytes, w.panel_bytes);
+    const size_t distance = stream && !whole ? fetching.ahead : 0;
+    gemm_q8<kFormat, R>(out[0], w.k, panels[0], (const int8_t*)x, stride, distance, ahead.take());
   }
 }
 
@@ -207,6 +205,7 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
   auto run = [&](int unit, int row_begin, int row_end, bool cold, const uint8_t* next) {
     const int count = row_end - row_begin, most = rows <= kFewRows ? kMaxRows : kManyRows, parts = (count + most - 1) / most;
     const bool fetched = parts > 1 && next && is_quantized(a.w.format);
+    ahead.divide(parts);
     if (fetched) ahead.expect(next, unit_at(a, 1) - unit_at(a, 0));
     for (int b = 0; b < parts; b++) {  // parts differ by at most one row
       int from = row_begin + count * b / parts, to = row_begin + count * (b + 1) / parts;
@@ -229,7 +228,7 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
   const Share share(units, rows, w);
   const uint8_t* after = a.next ? unit_at(*a.next, Share(units_of(*a.next), s.rows(a.next->rows), w).unit_begin) : nullptr;
   int unit = share.unit_begin;
-  if (kTwoStreams && share.row_end - share.row_begin <= kStreamRows && is_quantized(a.w.format)) {
+  if (fetching.two_streams && share.row_end - share.row_begin <= kStreamRows && is_quantized(a.w.format)) {
     const int whole = std::min(share.unit_end, a.w.n / columns_of(a)), half = std::max(0, whole - unit) / 2;
     const int count = share.row_end - share.row_begin;
     const uint8_t* x = s.at(a.x, rows == 1 && a.per_thread ? w.thread : share.row_begin);

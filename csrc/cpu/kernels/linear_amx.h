@@ -13,7 +13,7 @@
 
 namespace ridgeline::RL_ISA {
 
-inline constexpr int kTileLines = 8;             // of the cache, fetched with each group of K
+inline constexpr size_t kFetchAhead = 16384;    // bytes further on that weights are fetched
 inline constexpr size_t kRowsBytes = 1 << 20;   // of activations prepared at a time, half the second-level cache
 inline constexpr size_t kSpareBytes = 224 << 10;  // of scratch, for what is kept of each row and rounding up
 inline constexpr int kMostRows = 1024;
@@ -144,7 +144,7 @@ RL_UNROLL
         // Of the cache, in the first part.
         const Runs elsewhere = part == 0 ? cache_.take(end, parts * kTileLines) : Runs{};
         const TileProduct product{x,       x_tile(), x_block(), panel, unpacked_,        ring,  groups_,
-                                  begin,   end,      next,      a_.w.panel_bytes, elsewhere, parts * kTileLines, sums_[row / (2 * kTileRows)]};
+                                  begin,   end,      next,      a_.w.panel_bytes, elsewhere, sums_[row / (2 * kTileRows)]};
         if (pending_ - row > kTileRows) {
           row == 0 ? tile_product<kFormat, 2, true>(product) : tile_product<kFormat, 2, false>(product);
         } else {
