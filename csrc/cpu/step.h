@@ -189,7 +189,8 @@ struct Fetching {
   size_t stream_ahead = 4096;        // bytes further on that weights are fetched for one and two rows,
   size_t ahead = 16384;              // and for one register block of more
   bool whole_panels = true;          // which of 8-bit weights fetches the next panel at once instead
-  int few_lines = 6;                 // lines that few register blocks fetch with a group of K, a multiple of 6
+  int busy_rows = 8;                 // requests beyond which products leave memory time for the cache
+  int few_lines = 6;                 // lines that a few register blocks fetch with a group of K, a multiple of 6
 };
 extern const Fetching fetching;
 

@@ -9,9 +9,9 @@
 
 namespace ridgeline::RL_ISA {
 
-// With more requests than fit a register block, products leave memory time for the cache. Weights unpacked for tiles do
-// so from two on, since that takes longer than reading. (For one, what attention gains the products lose.)
-inline constexpr int busy_rows(Format f) { return is_tiled(f) ? 1 : 8; }
+// With more requests products leave memory time for the cache. Weights unpacked for tiles do so from two on, since that
+// takes longer than reading. (For one, what attention gains the products lose.)
+inline int busy_rows(Format f) { return is_tiled(f) ? 1 : fetching.busy_rows; }
 
 // Hands out, piece by piece, the cache that this thread's next attention tasks read. Enough rows keep a product busy
 // with arithmetic while memory is idle; attention, the other way round, waits for memory.

@@ -43,7 +43,7 @@ class Ahead {
   Ahead(const LinearArgs& a, CacheAhead& cache) : cache_(cache), groups_(a.w.k / kGroup) {}
 
   // The rows' register blocks are `parts`, each of which fetches as much.
-  void divide(int parts) { lines_ = parts <= kFewBlocks ? fetching.few_lines : kLinesPerGroup; }
+  void divide(int parts) { lines_ = parts > 1 && parts <= kFewBlocks ? fetching.few_lines : kLinesPerGroup; }
   void expect(const uint8_t* weights, size_t bytes) { at_ = weights, end_ = weights + bytes; }
   Runs take() {  // what one product fetches
     if (at_ >= end_) return cache_.take(groups_, lines_);
