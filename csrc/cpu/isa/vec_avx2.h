@@ -265,6 +265,8 @@ inline F32 scale_down(F32 x, F32 n) {
 inline __attribute__((always_inline)) void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 // Into the second-level cache, not on to the first.
 inline __attribute__((always_inline)) void prefetch_second(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+// Into the first-level cache, to be written.
+inline __attribute__((always_inline)) void prefetch_write(const void* p) { _m_prefetchw((void*)p); }
 
 // Both halves of the 64-bit products of unsigned lanes.
 inline void mul_wide(I32 a, uint32_t by, I32& high, I32& low) {

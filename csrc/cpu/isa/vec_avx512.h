@@ -108,6 +108,8 @@ inline F32 round_even(F32 x) { return _mm512_roundscale_ps(x, 0); }
 inline __attribute__((always_inline)) void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 // Into the second-level cache, not on to the first.
 inline __attribute__((always_inline)) void prefetch_second(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+// Into the first-level cache, to be written.
+inline __attribute__((always_inline)) void prefetch_write(const void* p) { _m_prefetchw((void*)p); }
 
 // Comparisons give one bit a lane; a NaN compares false.
 inline uint32_t at_least(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }

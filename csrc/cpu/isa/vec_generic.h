@@ -172,6 +172,8 @@ inline F32 scale_down(F32 x, F32 n) { return scale_by_power(x, n); }  // for n o
 // Always inlined: GCC takes a function that only prefetches for one without effect and drops its calls.
 inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p); }
 inline __attribute__((always_inline)) void prefetch_second(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Into the first-level cache, to be written.
+inline __attribute__((always_inline)) void prefetch_write(const void* p) { __builtin_prefetch(p, 1); }
 
 inline uint32_t lane_bits(I32 chosen) {  // -1 or 0 a lane
   uint32_t b = 0;

@@ -103,6 +103,12 @@ __attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const u
   F32 acc[P][R][2];
   const uint8_t* panels[P];
   for (int p = 0; p < P; p++) panels[p] = unit_at(a, unit + p * apart);
+  if (R > kStreamRows && a.epilogue == Epilogue::None) {  // results go to a line or two of each row, far apart
+    for (int r = 0; r < R; r++) {
+      const float* out = (const float*)s.at(a.out, row + r) + unit * kPanel;
+      prefetch_write(out), prefetch_write(out + kTile);
+    }
+  }
   gemm<kFormat, R, P>(acc, a.w, panels, x, a.x.stride, stream, ahead);
   if (a.epilogue == Epilogue::None) {
     for (int p = 0; p < P; p++) {
