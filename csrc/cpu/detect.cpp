@@ -42,7 +42,7 @@ Fetching fetching_here() {
     f.stream_second_level = true, f.two_streams = false, f.stream_ahead = 16384;
   } else if (__builtin_cpu_is("amd") && __builtin_cpu_is("amdfam19h") && avx512_supported()) {  // Zen 4
     f.second_level = f.stream_second_level = true, f.two_streams = f.whole_panels = false;
-    f.stream_ahead = 1024, f.ahead = 8192, f.busy_rows = 6, f.few_lines = 12;
+    f.stream_ahead = 1024, f.ahead = 8192, f.busy_rows = 4, f.few_lines = 12;
   }
   return f;
 }
