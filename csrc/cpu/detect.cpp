@@ -69,7 +69,7 @@ std::vector<const Kernels*> available_kernels() {
   return all;
 }
 #else
-const Fetching fetching;
+const Fetching fetching{};
 const Kernels* kernels_amx() { return nullptr; }
 std::vector<const Kernels*> available_kernels() { return {kernels_generic_table()}; }
 #endif
