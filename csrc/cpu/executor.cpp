@@ -13,6 +13,7 @@ namespace {
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
 constexpr int kRopeStep = 256;        // positions added to the rotary table at a time
+constexpr size_t kBlocksAhead = 32;  // least kept ready: a prompt of 512 tokens
 
 }  // namespace
 
@@ -32,9 +33,9 @@ const Kernels* select_kernels(const std::string& isa) {
 Executor::Executor(const ExecutorConfig& config)
     : config_(config),
       kernels_(select_kernels(config.isa)),
-      team_(config.threads > 0 ? config.threads : available_threads()),
       weights_(config.weight_bytes),
-      arena_(config.arena_bytes) {
+      arena_(config.arena_bytes),
+      team_(config.threads > 0 ? config.threads : available_threads(), [this] { return cache_ahead_.extend(); }) {
   KvCache& cache = step_.cache;
   cache.dtype = config.kv_dtype;
   cache.keys_bytes = kBlock * kv_row_bytes(config.kv_dtype, config.head_dim);
@@ -42,6 +43,7 @@ Executor::Executor(const ExecutorConfig& config)
   cache.block_bytes = cache.layer_bytes * config.layers;
   cache_ = Region(cache.block_bytes * (size_t)config.num_blocks);
   cache.base = cache_.data();
+  cache_ahead_.watch(cache_, kBlocksAhead * cache.block_bytes);
   rope_capacity_ = (int)round_up((size_t)config.max_blocks_per_slot * kBlock, kRopeStep);
   rope_ = Region((size_t)rope_capacity_ * config.head_dim * sizeof(float));
   const size_t chunks = (size_t)config.max_blocks_per_slot * kBlock / kChunk + 1;
@@ -176,10 +178,13 @@ void Executor::check_slots(const BatchView& b) const {
 }
 
 void Executor::update_block_tables(const BatchView& b) {
+  int32_t last = -1;
   for (int i = 0; i < b.updates; i++) {
     const int32_t* u = b.block_updates + 3 * i;
     block_tables_[(size_t)u[0] * config_.max_blocks_per_slot + u[1]] = u[2];
+    last = std::max(last, u[2]);
   }
+  cache_ahead_.used((size_t)(last + 1) * step_.cache.block_bytes);
   for (int r = 0; r < b.requests; r++) {
     const int32_t* table = &block_tables_[(size_t)b.slots[r] * config_.max_blocks_per_slot];
     for (int i = 0; i <= (b.context_lens[r] - 1) / kBlock; i++)

@@ -107,8 +107,9 @@ class Executor {
 
   ExecutorConfig config_;
   const Kernels* kernels_;
-  Team team_;
   Region weights_, arena_, cache_, rope_, partials_;
+  PagesAhead cache_ahead_;
+  Team team_;  // behind what its workers touch while idle
   size_t weights_used_ = 0;
   std::vector<std::unique_ptr<float[]>> vectors_;
   std::vector<std::unique_ptr<LinearArgs>> linears_;

@@ -3,6 +3,8 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -40,6 +42,47 @@ class Region {
  private:
   uint8_t* data_ = nullptr;
   size_t bytes_ = 0;
+};
+
+// Pages of a region that is used from its start on, had from the kernel before they are needed. In a virtual machine a
+// page that no process has had before can cost milliseconds, which a lone prompt would wait for: its cache blocks are
+// all new. As many bytes are kept ready as are in use, as in a growing vector: at most kMost, at least `least`.
+class PagesAhead {
+ public:
+  // Before anything else, and before extend() is called by another thread.
+  void watch(const Region& region, size_t least) {
+    data_ = region.data();
+    size_ = region.size();
+    least_ = least;
+  }
+
+  // The first `bytes` of the region are in use from now on.
+  void used(size_t bytes) {
+    const size_t wanted = std::min(size_, bytes + std::max(least_, std::min(bytes, kMost)));
+    if (wanted > wanted_.load(std::memory_order_relaxed)) wanted_.store(wanted, std::memory_order_release);
+  }
+
+  // Has one huge page more ready; false when there are enough, or the kernel (before Linux 5.14) cannot.
+  bool extend() {
+    const size_t wanted = wanted_.load(std::memory_order_acquire);
+    if (ready_ >= wanted) return false;
+    const size_t upto = std::min(size_, round_up((uintptr_t)data_ + ready_ + 1, kHugePage) - (uintptr_t)data_);
+    if (madvise(data_ + ready_, upto - ready_, kPopulateWrite) != 0) {
+      ready_ = SIZE_MAX;
+      return false;
+    }
+    ready_ = upto;
+    return ready_ < wanted;
+  }
+
+ private:
+  static constexpr size_t kMost = (size_t)256 << 20;
+  static constexpr size_t kHugePage = (size_t)2 << 20;
+  static constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers lack; contents stay
+
+  uint8_t* data_ = nullptr;
+  size_t size_ = 0, least_ = 0, ready_ = 0;
+  std::atomic<size_t> wanted_{0};
 };
 
 }  // namespace ridgeline

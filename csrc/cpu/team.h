@@ -14,7 +14,8 @@ int available_threads();
 
 class Team {
  public:
-  explicit Team(int size);
+  // `idle` is what a worker does, a small piece a call, before it sleeps: called until it returns false or a job comes.
+  explicit Team(int size, std::function<bool()> idle = nullptr);
   ~Team();
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
@@ -90,6 +91,7 @@ class Team {
   void dismiss();
 
   const int size_;
+  const std::function<bool()> idle_;
   std::vector<std::thread> threads_;
   const std::function<void(int)>* job_ = nullptr;
   Cursor cursors_[3];
