@@ -40,7 +40,7 @@ class Peer:
     tile: Callable[[Launch, int], tuple[float, float]]
     loops: tuple[float, ...] = ()
     outputs: Callable[[int], float] | None = None
-    branch: float = 1.0
+    branch: Callable[[Launch], float] = lambda _: 1.0
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,11 @@ def rope_tile(launch: Launch, _: int) -> tuple[float, float]:
     return heads * DIM, 0.0
 
 
+def rope_share(launch: Launch) -> float:
+    """Share of our programs that rotate queries: all of a token's but the one with its keys and values."""
+    return 1 - 1 / launch.grid[1]
+
+
 # --- products ---------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +195,7 @@ def our_fp8_row(arch: str, rows: int) -> list[Launch]:
     """FP8 with a scale for each row of x and of w."""
     module, (n, k) = op("linear_fp8"), QKV
     x, w = (empty(r, k, dtype=torch.float8_e4m3fn) for r in (rows, n))
-    workspace, counters = module.linear_fp8_scratch(rows, n, k).tensors("meta")
+    workspace, counters = module.linear_fp8_scratch(rows, n, k, "row").tensors("meta")
     scratch = {"workspace": workspace, "counters": counters}
     out = empty(rows, n)
     return list(module.linear_fp8(x, w, floats(rows), floats(n), out, arch, scaling="row", **scratch))
@@ -363,7 +368,7 @@ def operators() -> list[Operator]:
         Peer("flash-attn", lambda a, m: flash_rope(m), rope_tile),
     )
     fp8 = torch.float8_e4m3fn
-    ways: dict[str, Any] = {"outputs": lambda m: m * (HEADS + 2 * KV_HEADS) * DIM, "branch": 0.8}
+    ways: dict[str, Any] = {"outputs": lambda m: m * (HEADS + 2 * KV_HEADS) * DIM, "branch": rope_share}
     return [
         _rows("RMSNorm + residual", Peer("", lambda a, m: our_norm(m, True), norm_tile), added, HIDDEN, 8.0, 5.0),
         _rows("RMSNorm", Peer("", lambda a, m: our_norm(m, False), norm_tile), plain, HIDDEN, 4.0, 4.0),

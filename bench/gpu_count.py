@@ -1,4 +1,5 @@
-"""How many instructions a launch issues, from its machine code and from how often each part of it must run."""
+"""How many instructions a launch issues and how many bytes of shared memory it reads and writes, from its machine code
+and from how often each part of it must run."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ class Runs:
         operations: of the tensor cores over the grid, padding included.
         loops: how often each innermost loop of a kernel without tensor cores runs, in code order.
         folds: how often a loop after the arrival runs.
+        passes: how often a job enters its hottest loop: parts along K that one program adds up.
         branch: share of the jobs that take the first way, where a kernel's programs part for good; 1: they do not.
     """
 
@@ -32,6 +34,7 @@ class Runs:
     loops: tuple[float, ...] = ()
     folds: float = 1.0
     branch: float = 1.0
+    passes: float = 1.0
 
 
 def skips(sass: str) -> list[tuple[int, int]]:
@@ -98,17 +101,18 @@ def hot_part(code: Code, jumps: list[tuple[int, int]]) -> list[int]:
     return [place for place in range(span[0], span[1] + 1) if place not in once]
 
 
-def issued(sass: str, warps: int, runs: Runs) -> float:
-    """Instructions that all warps of a launch issue.
+def times(sass: str, warps: int, runs: Runs) -> list[float]:
+    """How often all warps of a launch together run each instruction, in code order.
 
     The hottest loop, or those of specialized warp groups together, run until their tensor-core instructions have done
-    the operations; all else once a job, whatever branch it lies on; what follows an atomic arrival, once a tile.
+    the operations; what is around that loop, as often as a job enters it; all else once a job, whatever branch it lies
+    on; what follows an atomic arrival, once a tile.
     """
     code, jumps = parse(sass), skips(sass)
     weights = [1.0] * len(code.opcodes)
-    for span, times in zip(innermost(code), runs.loops, strict=False):
+    for span, turns in zip(innermost(code), runs.loops, strict=False):
         for place in range(span[0], span[1] + 1):
-            weights[place] = times
+            weights[place] = turns
     arrival = next((i for i, op in enumerate(code.opcodes) if base(op) in ("ATOM", "ATOMG")), len(code.opcodes))
     for place in range(arrival + 1, len(weights)):
         weights[place] = 1 / runs.parts
@@ -120,13 +124,66 @@ def issued(sass: str, warps: int, runs: Runs) -> float:
     if groups := specialized(code):  # each group of warps runs its own loop, and its own share of the rest
         warps //= len(groups)
         hot = [place for span in groups for place in range(span[0], span[1] + 1)]
+    for span in groups or [code.hot_loop()]:
+        for place in _around(span, code):
+            weights[place] *= runs.passes
     if hot and runs.operations:
         done = sum(operations_of(code.opcodes[i]) for i in hot if is_tensor(code.opcodes[i]))
         for place in hot:
             weights[place] = runs.operations / (done * warps * runs.jobs)
     if runs.branch < 1:
         _part(weights, code, jumps, runs.branch)
-    return sum(weights) * warps * runs.jobs
+    return [weight * warps * runs.jobs for weight in weights]
+
+
+def issued(sass: str, warps: int, runs: Runs) -> float:
+    """Instructions that all warps of a launch issue."""
+    return sum(times(sass, warps, runs))
+
+
+def moved(sass: str, warps: int, runs: Runs) -> float:
+    """Bytes that all warps of a launch read from shared memory and write to it, but for TMA's writes.
+
+    Those of loads, stores and copies of a warp, and the operands of Hopper's tensor-core instructions. Spills count
+    too: the first-level cache that holds them is the same memory behind the same port.
+    """
+    each = [shared_bytes(op) + spill_bytes(op) + operand_bytes(op, how) / 4 for op, how in instructions(sass)]
+    return sum(n * size for n, size in zip(times(sass, warps, runs), each, strict=False))
+
+
+def instructions(sass: str) -> list[tuple[str, str]]:
+    """Opcodes and their operands, in order."""
+    return [(match.group(2), match.group(3)) for match in filter(None, map(_LINE.match, sass.splitlines()))]
+
+
+def spill_bytes(opcode: str) -> int:
+    """Bytes of local memory that a warp reads or writes."""
+    if base(opcode) not in ("LDL", "STL"):
+        return 0
+    return 4 * next((int(f) for f in opcode.split(".") if f in ("64", "128")), 32)
+
+
+def operand_bytes(opcode: str, operands: str) -> int:
+    """Bytes that a warp group's instruction of Hopper's tensor cores reads from shared memory: the second operand, and
+    the first unless it lies in registers."""
+    if base(opcode) not in ("HGMMA", "IGMMA", "QGMMA"):
+        return 0
+    shape = next(field for field in opcode.split(".") if field.count("x") == 2)
+    rows, columns, depth = map(int, shape.split("x"))
+    item = 2 if base(opcode) == "HGMMA" else 1
+    first = 0 if re.match(r"\s*R\d+,\s*R\d+", operands) else rows
+    return (first + columns) * depth * item
+
+
+def _around(span: tuple[int, int] | None, code: Code) -> range:
+    """Places of the loop over parts that holds a hottest loop, and is held by that over tiles; none without it."""
+
+    def holders(inner: tuple[int, int]) -> list[tuple[int, int]]:
+        return [a for a in code.loops if a != inner and a[0] <= inner[0] and inner[1] <= a[1]]
+
+    found = [a for a in (holders(span) if span else []) if holders(a)]
+    first, last = min(found, key=lambda a: a[1] - a[0], default=(0, -1))
+    return range(first, last + 1)
 
 
 def _part(weights: list[float], code: Code, jumps: list[tuple[int, int]], share: float) -> None:

@@ -20,9 +20,10 @@ from typing import Any
 
 import gpu_peers
 from gpu_cases import CHUNK, CONTEXT, Operator, Peer, operators
-from gpu_count import Runs, issued, steady
+from gpu_count import Runs, issued, moved, steady
 from rich.console import Console
 from rich.table import Table
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ridgeline.backends.cuda.ladder.card import Card, card_of, predict
 from ridgeline.backends.cuda.ladder.compile import compile_launch, in_process
@@ -38,6 +39,7 @@ BLOCKS = (
 )
 """What launchers call the sides of a tile."""
 SAME = 0.02  # differences below two in a hundred are none
+LITTLE = 0.01  # and, of shared memory held for an output, a hundredth of a byte: a word for each warp of a row
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Measured:
     tensor: str = "-"
     copies: str = "-"
     instructions: float = 0.0
+    traffic: float = 0.0
     shared_per_output: float = 0.0
     share: float = 0.0
     fault: str = ""
@@ -75,33 +78,51 @@ def runs_of(operator: Operator, side: Peer, launch: Launch, rows: int) -> tuple[
     programs = float(math.prod(launch.grid))
     if "product" not in operator.name:
         parts = float(launch.args.get("splits", 1))
-        runs = Runs(programs, parts, operations, side.loops, folds=CONTEXT / CHUNK, branch=side.branch)
+        runs = Runs(programs, parts, operations, side.loops, folds=CONTEXT / CHUNK, branch=side.branch(launch))
         return runs, tile
     height = meta.get("BLOCK_M") or meta["BLOCK_SIZE_M"]
     parts = meta.get("SPLIT", 1) if meta.get("PARALLEL") else 1
     tiles = math.ceil(rows / height) * math.ceil(outputs / rows / (tile / height))
     jobs = programs if "SPLIT_K" in meta else tiles * parts  # a persistent program takes several
-    return Runs(jobs, parts, operations), min(rows, height) * tile / height
+    passes = 1 if meta.get("PARALLEL") else meta.get("SPLIT", 1)
+    return Runs(jobs, parts, operations, passes=passes), min(rows, height) * tile / height
+
+
+def tma_bytes(launch: Launch, operations: float) -> float:
+    """Bytes that a product's descriptors bring to shared memory: a box of each for every step of a tile."""
+    meta = launch.config.meta
+    rows, columns, depth = (meta[next(n for n in names if n in meta)] for names in BLOCKS)
+    boxes = [t for t in launch.args.values() if isinstance(t, TensorDescriptor)]
+    step = sum(math.prod(t.block_shape) * t.base.element_size() for t in boxes)
+    if meta.get("SPECIALIZE"):  # descriptors that the program makes itself
+        step = (rows + columns) * depth * launch.args["x"].element_size()
+    return operations / (2.0 * rows * columns * depth) * step
 
 
 def measure(operator: Operator, side: Peer, arch: str, rows: int, launches: list[Launch]) -> Measured:
     """Compiles and counts; raises RidgelineError where it does not compile."""
     result = Measured(operator.name, arch, rows, side.name, describe(launches[0]))
     cards: list[Card] = []
-    issues = 0.0
+    issues = traffic = 0.0
     for place, launch in enumerate(launches):
         binary = compile_launch(launch, arch)
         card = card_of(binary)
         cards.append(steady(card, binary.sass))
         if place and operator.name != "rotary":  # what merges the parts of the first
-            issues += issued(binary.sass, card.num_warps, Runs(math.prod(launch.grid), loops=(8.0,)))
+            folding = Runs(math.prod(launch.grid), loops=(8.0,))
+            issues += issued(binary.sass, card.num_warps, folding)
+            traffic += moved(binary.sass, card.num_warps, folding)
             continue
         runs, tile = runs_of(operator, side, launch, rows)
         issues += issued(binary.sass, card.num_warps, runs)
+        traffic += moved(binary.sass, card.num_warps, runs)
+        if "UTMALDG" in card.copies:
+            traffic += tma_bytes(launch, runs.operations)
         if place == 0:
             result.shared_per_output = card.shared_bytes / tile
     first = cards[0]
-    result.instructions = issues / (side.outputs or operator.outputs)(rows)
+    outputs = (side.outputs or operator.outputs)(rows)
+    result.instructions, result.traffic = issues / outputs, traffic / outputs
     result.registers, result.spilled = max(c.registers for c in cards), max(c.local_bytes for c in cards)
     result.shared, result.occupancy = first.shared_bytes, first.occupancy
     result.tensor = " ".join(sorted({base(op) for op in first.tensor})) or "-"
@@ -161,8 +182,10 @@ def verdict(ours: Measured, other: Measured) -> str:
     worse = []
     if ours.instructions > other.instructions * (1 + SAME):
         worse.append("instructions")
-    if ours.shared_per_output > other.shared_per_output * (1 + SAME) + 0.01:
-        worse.append("shared")
+    if ours.traffic > other.traffic * (1 + SAME):
+        worse.append("moved")
+    if ours.shared_per_output > other.shared_per_output * (1 + SAME) + LITTLE:
+        worse.append("held")
     if ours.share < other.share - SAME / 2:
         worse.append("share")
     return ", ".join(worse) or "no worse"
@@ -170,10 +193,10 @@ def verdict(ours: Measured, other: Measured) -> str:
 
 def table(results: list[Measured]) -> Table:
     """For people."""
-    out = Table(title="per output: warp instructions, shared bytes of a tile; share of the roofline as predicted")
+    out = Table(title="per output: warp instructions, shared bytes moved and held; share of the roofline as predicted")
     for column in ("operator", "arch", "rows", "whose", "tile", "regs", "spill", "shared", "occ", "tensor", "copies"):
         out.add_column(column)
-    for column in ("instr/out", "shared/out", "share", "ours is worse in"):
+    for column in ("instr/out", "moved/out", "held/out", "share", "ours is worse in"):
         out.add_column(column, justify="right")
     ours = {(m.operator, m.arch, m.rows): m for m in results if m.who == OURS}
     for key, us in ours.items():
@@ -187,8 +210,8 @@ def table(results: list[Measured]) -> Table:
             style = "red" if said not in ("", "no worse") else None
             out.add_row(
                 *head, m.who, m.config, str(m.registers), str(m.spilled), str(m.shared), f"{m.occupancy}/64", m.tensor,
-                m.copies, f"{m.instructions:.3g}", f"{m.shared_per_output:.3g}", f"{100 * m.share:.0f}%", said,
-                style=style,
+                m.copies, f"{m.instructions:.3g}", f"{m.traffic:.3g}", f"{m.shared_per_output:.3g}",
+                f"{100 * m.share:.0f}%", said, style=style,
             )  # fmt: skip
         out.add_section()
     return out
@@ -197,8 +220,8 @@ def table(results: list[Measured]) -> Table:
 def markdown(results: list[Measured]) -> str:
     """For docs/kernels.md: ours : theirs, a cell for all shapes of a pair, bold where ours is worse."""
     lines = [
-        "| operator | arch | beside | rows | instructions per output | shared bytes per output | predicted share |",
-        "|" + "---|" * 7,
+        "| operator | arch | beside | rows | instructions | shared bytes moved | held | predicted share |",
+        "|" + "---|" * 8,
     ]
     ours = {(m.operator, m.arch, m.rows): m for m in results if m.who == OURS}
     pairs: dict[tuple[str, str, str], list[Measured]] = {}
@@ -208,14 +231,15 @@ def markdown(results: list[Measured]) -> str:
     for (operator, arch, who), them in pairs.items():
         both = [(ours[m.operator, m.arch, m.rows], m) for m in them]
         cells = []
-        for field in ("instructions", "shared_per_output", "share"):
+        for field in WORSE:
             texts = [_cell(field, us, other) for us, other in both]
             cells.append(texts[0] if len(set(texts)) == 1 else ", ".join(texts))
         lines.append(f"| {operator} | {arch} | {who} | {', '.join(str(m.rows) for m in them)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-WORSE = {"instructions": "instructions", "shared_per_output": "shared", "share": "share"}
+WORSE = {"instructions": "instructions", "traffic": "moved", "shared_per_output": "held", "share": "share"}
+"""Columns, and what a verdict calls them."""
 
 
 def _cell(field: str, us: Measured, other: Measured) -> str:

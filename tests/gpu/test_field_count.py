@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-from gpu_count import Runs, issued, operations_of, skips  # noqa: E402
+from gpu_count import Runs, issued, moved, operand_bytes, operations_of, skips  # noqa: E402
 
 
 def listing(*instructions: str) -> str:
@@ -77,3 +77,51 @@ def test_specialized_groups_run_their_own_loops() -> None:
     steps, groups = 10, 4
     runs = Runs(jobs=1, operations=steps * 2.0 * 128 * 128 * 16)
     assert issued(SPECIALIZED, 12, runs) == groups * (steps * (3 + 2 + 2) + 4)
+
+
+PARTS = listing(
+    "MOV R1, R2",  # a tile
+    "MOV R3, RZ",  # a part
+    "HMMA.16816.F32.BF16 R4, R8, R12, R4",  # a step
+    "@P0 BRA 0x20",
+    "FADD R20, R20, R4",
+    "@P1 BRA 0x10",
+    "STG.E.128 [R2.64], R20",
+    "@P2 BRA 0x0",
+    "EXIT",
+)
+"""A loop over steps in one over parts of K in one over tiles."""
+
+
+def test_what_is_around_the_steps_runs_once_a_part() -> None:
+    steps, warps, tiles, parts = 12, 4, 3, 2
+    runs = Runs(tiles, operations=4096.0 * steps * warps * tiles, passes=parts)
+    # Two instructions a step, three a part; MOV, the store, the branch and EXIT once a tile.
+    assert issued(PARTS, warps, runs) == warps * tiles * (2 * steps + 3 * parts + 4)
+
+
+def test_bytes_moved_are_those_of_shared_memory_and_of_spills() -> None:
+    code = listing(
+        "LDS.64 R4, [R2]", "STS.128 [R2], R4", "LDSM.16.M88.4 R4, [R2]", "LDGSTS.E.BYPASS.128 [R2], [R4.64]",
+        "LDL R4, [R1]", "STL.64 [R1], R4", "LDG.E.128 R4, [R2.64]", "EXIT",
+    )  # fmt: skip
+    assert moved(code, 2, Runs(5)) == 2 * 5 * (256 + 512 + 512 + 512 + 128 + 256)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "operands", "size"),
+    [
+        ("HGMMA.64x128x16.F32.BF16", " R4, gdesc[UR4], R4", (64 + 128) * 16 * 2),
+        ("HGMMA.64x128x16.F32.BF16", " R4, R40, gdesc[UR4], R4, gsb0", 128 * 16 * 2),
+        ("QGMMA.64x64x32.F32.E4M3.E4M3", " R4, gdesc[UR4], R4", (64 + 64) * 32),
+        ("HMMA.16816.F32.BF16", " R4, R8, R12, R4", 0),
+    ],
+)
+def test_hopper_reads_operands_from_shared_memory(opcode: str, operands: str, size: int) -> None:
+    assert operand_bytes(opcode, operands) == size
+
+
+def test_a_warp_groups_operands_are_read_once() -> None:
+    code = listing("HGMMA.64x128x16.F32.BF16 R4, gdesc[UR4], R4", "@P0 BRA 0x0", "EXIT")
+    runs = Runs(1, operations=10 * 2.0 * 64 * 128 * 16)
+    assert moved(code, 4, runs) == 10 * (64 + 128) * 16 * 2

@@ -41,7 +41,7 @@ CONFIGS: dict[str, tuple[Tile, ...]] = {
     "sm_90": (
         Tile(16, 16, 128, BLOCK_K["sm_90"], num_warps=4, num_stages=3, per_sm=2, swap=True),
         Tile(64, 64, 128, BLOCK_K["sm_90"], num_warps=4, num_stages=2, per_sm=2),
-        Tile(MANY, 128, 128, BLOCK_K["sm_90"], num_warps=4, num_stages=3, per_sm=1, specialize=True),
+        Tile(MANY, 128, 128, BLOCK_K["sm_90"], num_warps=4, num_stages=2, per_sm=1, specialize=True),
     ),
 }
 """Configurations by architecture, by rows."""
