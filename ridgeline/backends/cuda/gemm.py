@@ -109,10 +109,7 @@ class Scratch:
 
 
 def scratch(m: int, n: int, split: int) -> Scratch:
-    """Scratch of a product of ``m`` rows and ``n`` columns; none where parts are not computed side by side.
-
-    They are where columns alone make too few programs of few rows.
-    """
+    """Scratch of [m, k] by [n, k]; none where rows or columns alone make programs enough for parts in turn."""
     if split == 1 or m > MOST_SPLIT_ROWS or cdiv(n, SPLIT_COLUMNS) >= SPLIT_PROGRAMS:
         return Scratch(0, 0)
     return Scratch(split * m * n, cdiv(n, SPLIT_COLUMNS) * cdiv(m, 16))
