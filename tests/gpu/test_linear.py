@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ridgeline.backends.cuda import gemm
 from ridgeline.backends.cuda.gemm import MOST_SPLIT_ROWS, Epilogue, split_k, traffic
 from ridgeline.backends.cuda.kernels.gather import gather_columns
 from ridgeline.backends.cuda.kernels.linear import linear, linear_scratch
@@ -43,6 +44,21 @@ def test_parts_side_by_side_or_one_after_another(op: str, kind: str, arch: str) 
         assert alone.launches[-1].config.meta["PARALLEL"]
         run(alone.launches, seed=row)
         assert torch.equal(alone.expected[0].tensor[0], whole.expected[0].tensor[row])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("rows", [2, 40])
+def test_few_rows_of_many_columns_take_parts_in_turn(rows: int, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where columns alone make programs enough; the bits are those of parts side by side."""
+    case = LinearCase("linear_fp8", rows, 64, 2090, "row")
+    apart = build(case, arch)
+    run(apart.launches)
+    monkeypatch.setattr(gemm, "SPLIT_PROGRAMS", 1)
+    in_turn = build(case, arch)
+    assert apart.launches[-1].config.meta["PARALLEL"] and not in_turn.launches[-1].config.meta["PARALLEL"]
+    assert apart.launches[-1].config.meta["SPLIT"] == in_turn.launches[-1].config.meta["SPLIT"] == 3
+    run(in_turn.launches, seed=1)
+    assert torch.equal(apart.expected[0].tensor, in_turn.expected[0].tensor)
 
 
 @pytest.mark.parametrize("k", [1, 64, 511, 512, 4096, 4160, 14336])
