@@ -216,9 +216,11 @@ void bind_ops(py::class_<Executor>& c) {
   });
   c.def("add_norm", [](Executor& e, const std::string& name, Place x, std::optional<Place> delta,
                        std::optional<Place> sum, Place out, const Array<float>& weight, float eps,
-                       const std::string& dtype, const std::string& rows, bool per_thread, bool is_final) {
+                       const std::string& dtype, const std::string& rows, bool per_thread, bool x_per_thread,
+                       bool is_final) {
     NormArgs a;
     a.per_thread = per_thread;
+    a.x_per_thread = x_per_thread;
     a.is_final = is_final;
     a.x = buffer_of(x);
     a.has_delta = delta.has_value();
@@ -232,7 +234,7 @@ void bind_ops(py::class_<Executor>& c) {
     a.rows = rows_of(rows);
     if (is_final && a.rows != Rows::Sampled) throw std::invalid_argument("a final norm has a row for each sampled one");
     if (is_final) e.hidden_size = a.k;
-    if (2 * (size_t)a.k * sizeof(float) > kScratchBytes) throw std::invalid_argument("a norm's row is too long");
+    if ((size_t)a.k * sizeof(float) > kScratchBytes) throw std::invalid_argument("a norm's row is too long");
     using Free = Executor::BarrierFree;
     Free free = !per_thread ? Free::Never : a.rows == Rows::Tokens ? Free::OneToken : Free::OneSampled;
     e.add_op(name, [a, f = e.kernels().norm](const Step& s, Worker& w) { f(a, s, w); }, free);

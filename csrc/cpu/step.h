@@ -98,7 +98,8 @@ struct EmbedArgs {
 struct NormArgs {
   Buffer x, delta, sum, out;
   bool has_delta = false;
-  bool per_thread = false;  // a single row is computed by every thread, thread t's result in row t
+  bool per_thread = false;    // a single row is computed by every thread, thread t's sum and result in row t
+  bool x_per_thread = false;  // a single row of x is thread t's own, in row t: sums may then replace it
   bool is_final = false;    // its rows, in fp32, are the final hidden states
   const float* weight = nullptr;
   int32_t k = 0;

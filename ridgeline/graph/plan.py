@@ -108,7 +108,7 @@ def compile(graph: Graph, target: Target) -> Plan:
             raise ValueError(f"the graph's cache holds {spec.dtype}, target {target.name} wants {target.kv_dtype}")
     graph, reports = run_passes(graph, target)
     ops = tuple(PlanOp(n.op, n.inputs, n.outputs, n.attrs) for n in graph.nodes)
-    buffers, arena_bytes = plan_memory(graph)
+    buffers, arena_bytes = plan_memory(graph, target.in_place)
     return Plan(
         target,
         graph,
@@ -137,10 +137,14 @@ def final_norm(graph: Graph) -> Node | None:
     return node if node is not None and node.op in ("rms_norm", "add_rms_norm") else None
 
 
-def plan_memory(graph: Graph) -> tuple[dict[int, Buffer], int]:
+def plan_memory(graph: Graph, in_place: frozenset[str] = frozenset()) -> tuple[dict[int, Buffer], int]:
     """Buffers by value id and the arena's size. Inputs are live from before the first node to their last
     reader, outputs to past the last node, others from their node to their last reader. All live one node longer
-    than that: a thread may begin an operator before others have ended the one before."""
+    than that: a thread may begin an operator before others have ended the one before.
+
+    An operator ``in_place`` takes the place of its first input, where another such made that and nobody else reads it
+    later: each of a chain of sums lies where the first does.
+    """
     first: dict[Value, int] = {v: -1 for v in graph.inputs.values() if v.dtype != "cache"}
     last: dict[Value, int] = dict(first)
     for step, node in enumerate(graph.nodes):
@@ -154,5 +158,25 @@ def plan_memory(graph: Graph) -> tuple[dict[int, Buffer], int]:
         if value in first:
             last[value] = len(graph.nodes)
     stride = {v: row_bytes(v) if len(v.shape) == 1 else row_stride(row_bytes(v)) for v in first}
-    offsets, arena = place({v: Lifetime(first[v], last[v], stride[v] * bound(v.shape[0])) for v in first})
-    return {v.id: Buffer(offsets[v], stride[v], v.shape[0]) for v in first}, arena
+    start = _chains(graph, in_place, last)
+    for value, head in start.items():
+        last[head] = max(last[head], last[value])
+    lifetimes = {v: Lifetime(first[v], last[v], stride[v] * bound(v.shape[0])) for v in first if v not in start}
+    offsets, arena = place(lifetimes)
+    return {v.id: Buffer(offsets[start.get(v, v)], stride[v], v.shape[0]) for v in first}, arena
+
+
+def _chains(graph: Graph, in_place: frozenset[str], last: Mapping[Value, int]) -> dict[Value, Value]:
+    """Values that take another's place, and the first of their chain."""
+    start: dict[Value, Value] = {}
+    made: set[Value] = set()
+    kept = set(graph.outputs.values())
+    for step, node in enumerate(graph.nodes):
+        if node.op not in in_place:
+            continue
+        before, after = node.inputs[0], node.outputs[0]
+        alike = (before.shape, before.dtype) == (after.shape, after.dtype)
+        if before in made and before not in kept and last[before] == step + 1 and alike:
+            start[after] = start.get(before, before)
+        made.add(after)
+    return start

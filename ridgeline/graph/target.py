@@ -18,6 +18,8 @@ class Target:
         kv_dtype: what the cache holds: "bf16", "f16", "f32", "int8" or "fp8".
         hidden: dtype of activations between operators: "f32", or "bf16" or "f16" where kernels round what they store,
             and a matrix's numbers before they multiply it.
+        in_place: operators that may write their first output over their first input: each row is read before it is
+            written, by the thread that writes it. For a residual stream fewer bytes pass through the caches.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Target:
     fusions: frozenset[str]
     kv_dtype: str
     hidden: str = "f32"
+    in_place: frozenset[str] = frozenset()
 
 
 ALL_FUSIONS = frozenset(
@@ -47,7 +50,7 @@ def cpu_target(kv_dtype: str, activation_dtype: str = "int8") -> Target:
     """
     integers = "q8" if activation_dtype == "int8" else activation_dtype
     activation = {"q8_0": integers, "q4_0": integers, "q4_1": integers, "bf16": "bf16"}
-    return Target("cpu", activation, ALL_FUSIONS, kv_dtype)
+    return Target("cpu", activation, ALL_FUSIONS, kv_dtype, in_place=frozenset({"add_rms_norm"}))
 
 
 def cuda_target(kv_dtype: str, hidden: str = "bf16") -> Target:

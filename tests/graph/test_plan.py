@@ -122,6 +122,33 @@ def test_an_operator_never_writes_over_what_the_one_before_reads_or_writes():
                 assert end <= other_start or other_end <= start, (before.op, op.op)
 
 
+def test_a_residual_stream_stays_where_it_is():
+    cfg = config(num_layers=4)
+    weights = random_weights(cfg, "q4_1", override={"embed": "q8_0"})
+
+    def sums(target):
+        plan = compile(graph(cfg, weights, "bf16"), target)
+        ops = [op for op in plan.segments[0].ops if op.op == "add_rms_norm"]
+        return [plan.buffers[op.outputs[0].id].offset for op in ops]
+
+    *inner, before_mlp, last = sums(cpu_target("bf16"))  # the last layer's MLP has the sampled rows alone
+    assert len(inner) == 6 and len(set(inner)) == 1 and before_mlp == last != inner[0]
+    assert len(set(sums(cuda_target("bf16", "f32")))) > 1, "only where the target says so"
+
+
+@pytest.mark.parametrize("reader", ["another operator", "an output"])
+def test_a_sum_that_is_read_again_is_not_written_over(reader):
+    g = GraphBuilder(8, 4)
+    norm, table = g.weight("norm", (32,), F32), g.weight("table", (10, 32), F32)
+    x = g.embed(g.token_ids, table)
+    first, _ = g.emit("add_rms_norm", (x, x, norm), {"eps": 1e-5})
+    second, y = g.emit("add_rms_norm", (first, x, norm), {"eps": 1e-5})
+    kept = {"first": first} if reader == "an output" else {}
+    logits = y if kept else g.add(y, first)
+    plan = compile(g.build(logits=logits, second=second, **kept), cpu_target("f32"))
+    assert plan.buffers[first.id].offset != plan.buffers[second.id].offset
+
+
 def test_an_output_made_early_is_never_overwritten():
     g = GraphBuilder(8, 4)
     early = x = g.embed(g.token_ids, g.weight("table", (10, 32), F32))

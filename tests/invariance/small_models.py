@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, str], str, dict[str, Any]]] = {
     "q8_0, heads of 48": ("q8_0", {}, "bf16", {"num_heads": 2, "num_kv_heads": 1, "head_dim": 48, "hidden_size": 96}),
     "q8_0-int8": ("q8_0", {}, "int8", {"num_heads": 6, "head_dim": 64}),
     "bf16-int8": ("bf16", {}, "int8", {"num_heads": 8, "num_kv_heads": 1, "head_dim": 48}),
+    "q8_0, v apart": ("q8_0", {"v": "f16"}, "bf16", {}),  # only every second norm has a lone linear behind it
     "mixed": ("q8_0", {"v": "f16", "up": "bf16", "lm_head": "f32"}, "bf16", {"tied": False}),
 }
 

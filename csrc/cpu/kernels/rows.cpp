@@ -102,9 +102,10 @@ void norm_row(const NormArgs& a, const float* x, const float* delta, float* sum,
 }  // namespace
 
 void norm(const NormArgs& a, const Step& s, Worker& w) {
-  float *y = (float*)w.scratch, *spare = y + a.k;
-  auto row = [&](int r, float* sum, uint8_t* out) {
-    norm_row(a, (const float*)s.at(a.x, r), a.has_delta ? (const float*)s.at(a.delta, r) : nullptr, sum, y, out);
+  float* y = (float*)w.scratch;
+  auto row = [&](int r, int x, int to) {  // x and sum may be the same row
+    const float* delta = a.has_delta ? (const float*)s.at(a.delta, r) : nullptr;
+    norm_row(a, (const float*)s.at(a.x, x), delta, a.has_delta ? (float*)s.at(a.sum, to) : nullptr, y, s.at(a.out, to));
   };
   auto hand_out = [&](int r) {
     if (s.hidden_rows[r] >= 0) std::memcpy(s.hidden + (size_t)s.hidden_rows[r] * a.k, y, 4 * (size_t)a.k);
@@ -112,13 +113,13 @@ void norm(const NormArgs& a, const Step& s, Worker& w) {
   const bool pools = a.is_final && s.hidden;
   const int rows = s.rows(a.rows);
   if (rows == 1 && a.per_thread) {
-    row(0, w.thread == 0 && a.has_delta ? (float*)s.at(a.sum, 0) : spare, s.at(a.out, w.thread));
+    row(0, a.x_per_thread ? w.thread : 0, w.thread);
     if (pools && w.thread == 0) hand_out(0);
     return;
   }
   w.team.own(w.thread, rows, [&](int begin, int end) {
     for (int r = begin; r < end; r++) {
-      row(r, a.has_delta ? (float*)s.at(a.sum, r) : nullptr, s.at(a.out, r));
+      row(r, r, r);
       if (pools) hand_out(r);
     }
   });

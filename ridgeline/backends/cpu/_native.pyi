@@ -71,6 +71,7 @@ class Executor:
         dtype: str,
         rows: str,
         per_thread: bool,
+        x_per_thread: bool,
         is_final: bool,
     ) -> None: ...
     def add_quantize(self, name: str, x: _Place, out: _Place, k: int, dtype: str, rows: str) -> None: ...

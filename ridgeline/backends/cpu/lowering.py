@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,6 +94,7 @@ class Lowering:
         self._ops = [op for segment in plan.segments for op in segment.ops]
         final = final_norm(plan.graph)
         self._final_norm = final if final and _rows(final.outputs[-1]) == "S" else None
+        self._own = self._own_rows()
 
     def run(self) -> None:
         """Raises UnsupportedError for an operator without a native kernel, ModelFileError for a damaged norm."""
@@ -145,19 +147,25 @@ class Lowering:
             op.attrs["eps"],
             out.dtype,
             _rows(out),
-            self._is_per_thread(out),
+            out in self._own,
+            x in self._own,
             self._final_norm is not None and out in self._final_norm.outputs,
         )
 
-    def _is_per_thread(self, value: Value) -> bool:
-        """Whether a lone row of ``value`` is computed by every thread for itself, which saves a barrier: a norm
-        read by the linear that follows it and by nothing else, in a buffer with a row for each thread."""
-        readers = [i for i, op in enumerate(self._ops) if value in op.inputs]
-        makers = [i for i, op in enumerate(self._ops) if value in op.outputs]
-        if len(readers) != 1 or not makers or readers[0] != makers[0] + 1:
-            return False
-        norm = self._ops[makers[0]].op in ("rms_norm", "add_rms_norm")
-        return norm and self._ops[readers[0]].op == "linear" and bound(value.shape[0]) >= self._native.threads
+    def _own_rows(self) -> set[Value]:
+        """What norms make of which a lone row is computed by every thread for itself, in a row of the buffer for each,
+        which saves a barrier: their result is read by the linear that follows and by nothing else. Not where a sum
+        would replace a row that other threads read."""
+        own: set[Value] = set()
+        for op, following in pairwise(self._ops):
+            out = op.outputs[-1]
+            if op.op not in ("rms_norm", "add_rms_norm") or following.op != "linear" or out not in following.inputs:
+                continue
+            alone = sum(out in reader.inputs for reader in self._ops) == 1
+            over = self._place(op.outputs[0]) == self._place(op.inputs[0]) and op.inputs[0] not in own
+            if alone and not over and bound(out.shape[0]) >= self._native.threads:
+                own.update(op.outputs)
+        return own
 
     def _lower_quantize(self, op: PlanOp, name: str) -> None:
         (x,), (out,) = op.inputs, op.outputs
@@ -177,7 +185,7 @@ class Lowering:
             gated,
             out.dtype,
             _rows(out),
-            self._is_per_thread(x),
+            x in self._own,
         )
 
     def _lower_rope_kv_write(self, op: PlanOp, name: str) -> None:
