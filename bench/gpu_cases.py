@@ -33,6 +33,7 @@ class Peer:
         loops: how often each loop of a row kernel runs, in code order.
         outputs: elements written of some rows, where they are not the operator's.
         branch: share of programs that take the first of two ways.
+        passes: how often a job of a product enters its loop over K.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Peer:
     loops: tuple[float, ...] = ()
     outputs: Callable[[int], float] | None = None
     branch: Callable[[Launch], float] = lambda _: 1.0
+    passes: Callable[[Launch], float] = lambda _: 1.0
 
 
 @dataclass(frozen=True)
@@ -329,10 +331,21 @@ def vllm_decode(rows: int) -> Any:
     )  # fmt: skip
 
 
+def in_turn(launch: Launch) -> float:
+    """Parts along K that one program of ours adds up."""
+    meta = launch.config.meta
+    if "BITS" in meta:  # 4 bits: the first is ahead of the loop over parts
+        return float(max(1, meta["SPLIT"] - 1) if not meta["PARALLEL"] else 1)
+    if "int8" in launch.kernel.__name__:  # exact: only programs side by side take parts
+        return 1.0
+    return float(meta.get("PARTS", 1) * (1 if meta["PARALLEL"] else meta["SPLIT"]))
+
+
 def _product(name: str, ours: Calls, peers: tuple[Peer, ...], weight: float, x: float, kind: str = "bf16") -> Operator:
     n, k = QKV
+    us = Peer("", ours, product_tile(n, k, "BLOCK_M", "BLOCK_N"), passes=in_turn)
     return Operator(
-        name, Peer("", ours, product_tile(n, k, "BLOCK_M", "BLOCK_N")), peers, lambda m: m * n,
+        name, us, peers, lambda m: m * n,
         lambda m: 2.0 * m * n * k, lambda m: n * k * weight + m * k * x + 2.0 * m * n, kind=kind,
     )  # fmt: skip
 

@@ -145,9 +145,18 @@ def moved(sass: str, warps: int, runs: Runs) -> float:
     """Bytes that all warps of a launch read from shared memory and write to it, but for TMA's writes.
 
     Those of loads, stores and copies of a warp, and the operands of Hopper's tensor-core instructions. Spills count
-    too: the first-level cache that holds them is the same memory behind the same port.
+    too: the first-level cache that holds them is the same memory behind the same port. Where the hottest loop copies,
+    what is copied ahead of it is not copied in its last steps, though those instructions are issued.
     """
-    each = [shared_bytes(op) + spill_bytes(op) + operand_bytes(op, how) / 4 for op, how in instructions(sass)]
+    code = parse(sass)
+    hot = set(hot_part(code, skips(sass)))
+    ahead = any(base(code.opcodes[place]) == "LDGSTS" for place in hot)
+    each = [
+        0.0
+        if ahead and base(op) == "LDGSTS" and place not in hot
+        else shared_bytes(op) + spill_bytes(op) + operand_bytes(op, how) / 4
+        for place, (op, how) in enumerate(instructions(sass))
+    ]
     return sum(n * size for n, size in zip(times(sass, warps, runs), each, strict=False))
 
 

@@ -84,16 +84,17 @@ def runs_of(operator: Operator, side: Peer, launch: Launch, rows: int) -> tuple[
     parts = meta.get("SPLIT", 1) if meta.get("PARALLEL") else 1
     tiles = math.ceil(rows / height) * math.ceil(outputs / rows / (tile / height))
     jobs = programs if "SPLIT_K" in meta else tiles * parts  # a persistent program takes several
-    passes = 1 if meta.get("PARALLEL") else meta.get("SPLIT", 1)
-    return Runs(jobs, parts, operations, passes=passes), min(rows, height) * tile / height
+    return Runs(jobs, parts, operations, passes=side.passes(launch)), min(rows, height) * tile / height
 
 
 def tma_bytes(launch: Launch, operations: float) -> float:
-    """Bytes that a product's descriptors bring to shared memory: a box of each for every step of a tile."""
+    """Bytes that a product's descriptors bring to shared memory: a box of each for every step of a tile; of codes, one
+    for as many steps as share their bytes."""
     meta = launch.config.meta
     rows, columns, depth = (meta[next(n for n in names if n in meta)] for names in BLOCKS)
-    boxes = [t for t in launch.args.values() if isinstance(t, TensorDescriptor)]
-    step = sum(math.prod(t.block_shape) * t.base.element_size() for t in boxes)
+    boxes = {name: t for name, t in launch.args.items() if isinstance(t, TensorDescriptor)}
+    sizes = {name: math.prod(t.block_shape) * t.base.element_size() for name, t in boxes.items()}
+    step = sum(size * (meta["BITS"] / 8 if name == "w" and "BITS" in meta else 1) for name, size in sizes.items())
     if meta.get("SPECIALIZE"):  # descriptors that the program makes itself
         step = (rows + columns) * depth * launch.args["x"].element_size()
     return operations / (2.0 * rows * columns * depth) * step

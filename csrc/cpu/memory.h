@@ -49,7 +49,7 @@ class Region {
 // all new. As many bytes are kept ready as are in use, as in a growing vector: at most kMost, at least `least`.
 class PagesAhead {
  public:
-  // Before anything else, and before extend() is called by another thread.
+  // Before used(); until then extend() has nothing to do.
   void watch(const Region& region, size_t least) {
     data_ = region.data();
     size_ = region.size();
@@ -76,7 +76,7 @@ class PagesAhead {
   }
 
  private:
-  static constexpr size_t kMost = (size_t)256 << 20;
+  static constexpr size_t kMost = (size_t)128 << 20;
   static constexpr size_t kHugePage = (size_t)2 << 20;
   static constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers lack; contents stay
 

@@ -60,8 +60,8 @@ class EngineConfig:
     block_size: int = _option(16, "tokens in a block of the KV cache")
     num_kv_blocks: int | None = _option(
         None,
-        "blocks in the KV cache (default: 2048 tokens for each of max_num_seqs, memory being taken as it is used; on a "
-        "GPU all that its memory has room for)",
+        "blocks in the KV cache (default: 2048 tokens for each of max_num_seqs, memory being taken as it is used, "
+        "and while idle up to 128 MiB more; on a GPU all that its memory has room for)",
     )
     kv_cache_bytes: str | None = _option(
         None, "size of the KV cache, such as 512MiB or 2GiB or a number of bytes (instead of num_kv_blocks)"

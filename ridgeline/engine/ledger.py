@@ -18,7 +18,7 @@ class Ledger:
 
     Attributes:
         weights_bytes: weights as the backend keeps them.
-        cache_bytes: KV cache when all of it is in use; memory is taken as it is used.
+        cache_bytes: KV cache when all of it is in use; memory is taken as it is used, on a CPU a little ahead.
         arena_bytes: activations of the largest step.
         workspace_bytes: what the backend keeps besides; None where it does not say.
         cache_tokens: tokens that the smallest cache group of full attention holds.

@@ -17,7 +17,7 @@ class BlockPool:
     shared again. Free: neither. Cached blocks are given out, least recently used first, when none is free.
 
     The free list is a stack: the block freed last is used first, so that memory already touched is touched
-    again and an untouched block costs nothing.
+    again, and blocks are first used in the order of their ids: a backend has memory for the next few ready.
 
     Args:
         num_blocks: at least 1.

@@ -87,16 +87,18 @@ PARTS = listing(
     "FADD R20, R20, R4",
     "@P1 BRA 0x10",
     "STG.E.128 [R2.64], R20",
-    "@P2 BRA 0x0",
-    "EXIT",
+    "@P2 EXIT",
+    "BRA 0x0",
+    "BRA 0x90",
+    "NOP",
 )
-"""A loop over steps in one over parts of K in one over tiles."""
+"""A loop over steps in one over parts of K in one over tiles, and what pads the end."""
 
 
 def test_what_is_around_the_steps_runs_once_a_part() -> None:
     steps, warps, tiles, parts = 12, 4, 3, 2
     runs = Runs(tiles, operations=4096.0 * steps * warps * tiles, passes=parts)
-    # Two instructions a step, three a part; MOV, the store, the branch and EXIT once a tile.
+    # Two instructions a step, three a part; MOV, the store, EXIT and the branch once a tile.
     assert issued(PARTS, warps, runs) == warps * tiles * (2 * steps + 3 * parts + 4)
 
 
@@ -106,6 +108,17 @@ def test_bytes_moved_are_those_of_shared_memory_and_of_spills() -> None:
         "LDL R4, [R1]", "STL.64 [R1], R4", "LDG.E.128 R4, [R2.64]", "EXIT",
     )  # fmt: skip
     assert moved(code, 2, Runs(5)) == 2 * 5 * (256 + 512 + 512 + 512 + 128 + 256)
+
+
+def test_what_is_copied_ahead_of_a_loop_is_not_copied_at_its_end() -> None:
+    code = listing(
+        "LDGSTS.E.BYPASS.128 [R2], [R4.64]",
+        "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+        "@P1 LDGSTS.E.BYPASS.128 [R2], [R4.64]",
+        "@P0 BRA 0x10",
+        "EXIT",
+    )
+    assert moved(code, 1, Runs(1, operations=4096.0 * 7)) == 7 * 512
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,14 @@ def test_parts_cost_less_than_rounding_the_result() -> None:
     assert errors[BLOCK] < errors[PART] < rounding / 2 < errors[4096]
 
 
+def test_what_is_cut_off_adds_up_where_products_have_one_sign() -> None:
+    rng = np.random.default_rng(0)
+    x, w = (e4m3(np.abs(rng.standard_normal((200, 4096)))) for _ in range(2))
+    exact = (x * w).sum(axis=1)
+    bias = {part: np.mean(1 - summed(x, w, part) / exact) for part in (BLOCK, PART, 4096)}
+    assert 0 < bias[BLOCK] < 0.001 and 0.01 < bias[PART] < 0.02 and bias[4096] > 0.05
+
+
 @pytest.mark.parametrize("arch", WHOLE)
 def test_a_part_is_whole_steps(arch: str) -> None:
     assert all(PART % tile.block_k == 0 for tile in WHOLE[arch])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ridgeline.backends.cuda import gemm
 from ridgeline.backends.cuda.gemm import MOST_SPLIT_ROWS, Epilogue, split_k, traffic
 from ridgeline.backends.cuda.kernels.gather import gather_columns
 from ridgeline.backends.cuda.kernels.linear import linear, linear_scratch
@@ -34,7 +33,7 @@ KINDS = (
 @pytest.mark.parametrize(("op", "kind"), KINDS)
 def test_parts_side_by_side_or_one_after_another(op: str, kind: str, arch: str) -> None:
     """Many rows add the parts of K in one program, one row in several: the bits are the same."""
-    case = LinearCase(op, MOST_SPLIT_ROWS + 1, 32, 1040, kind)
+    case = LinearCase(op, MOST_SPLIT_ROWS + 1, 32, 2080 if (op, kind) == ("linear_fp8", "row") else 1040, kind)
     whole = build(case, arch)
     meta = whole.launches[-1].config.meta
     assert meta["SPLIT"] > 1 and not meta["PARALLEL"]
@@ -47,18 +46,21 @@ def test_parts_side_by_side_or_one_after_another(op: str, kind: str, arch: str) 
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("rows", [2, 40])
-def test_few_rows_of_many_columns_take_parts_in_turn(rows: int, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where columns alone make programs enough; the bits are those of parts side by side."""
-    case = LinearCase("linear_fp8", rows, 64, 2090, "row")
-    apart = build(case, arch)
-    run(apart.launches)
-    monkeypatch.setattr(gemm, "SPLIT_PROGRAMS", 1)
-    in_turn = build(case, arch)
-    assert apart.launches[-1].config.meta["PARALLEL"] and not in_turn.launches[-1].config.meta["PARALLEL"]
-    assert apart.launches[-1].config.meta["SPLIT"] == in_turn.launches[-1].config.meta["SPLIT"] == 3
-    run(in_turn.launches, seed=1)
-    assert torch.equal(apart.expected[0].tensor, in_turn.expected[0].tensor)
+@pytest.mark.parametrize(("k", "split", "parts"), [(1040, 1, 2), (2080, 2, 2), (4112, 3, 2)])
+def test_fp8_parts_in_groups(k: int, split: int, parts: int, arch: str) -> None:
+    """Parts of K are added in groups, groups to each other, whatever tile and however many programs."""
+    made = {rows: build(LinearCase("linear_fp8", rows, 32, k, "row"), arch) for rows in (2, 40, 80)}
+    steps = set()
+    for rows, case in made.items():
+        meta = case.launches[-1].config.meta
+        assert (meta["SPLIT"], meta["PARTS"]) == (split, parts) and meta["PARALLEL"] == (split > 1 and rows < 80)
+        steps.add(meta["BLOCK_K"])
+        run(case.launches, seed=rows)
+        for row in (0, rows - 1):
+            alone = build(LinearCase("linear_fp8", rows, 32, k, "row"), arch, only=row)
+            run(alone.launches)
+            assert torch.equal(alone.expected[0].tensor[0], case.expected[0].tensor[row])
+    assert len(steps) == (2 if arch == "sm_90" else 1)
 
 
 @pytest.mark.parametrize("k", [1, 64, 511, 512, 4096, 4160, 14336])

@@ -47,15 +47,14 @@ def test_an_idle_team_has_as_much_cache_ready_as_is_in_use(threads: int) -> None
     block_bytes = plan.caches[0].bytes_per_token * 16
     in_use = 32 * MIB  # as the pool hands blocks out: from the lowest on
     before = settled()
-    assert settled() - before < MIB, "nothing is fetched before the first step"
     driver.free = [in_use // block_bytes - 1, 0]
     driver.step([(0, [1])])
     driver.step([(1, [2])])
     grown = settled() - before
     if threads == 1:
-        assert grown < 8 * MIB, "a team without workers has nobody to do it"
+        assert grown < in_use / 2, "a team without workers has nobody to do it"
         return
-    if grown < 8 * MIB and tuple(map(int, Path("/proc/sys/kernel/osrelease").read_text().split(".")[:2])) < (5, 14):
+    if grown < in_use / 2 and tuple(map(int, Path("/proc/sys/kernel/osrelease").read_text().split(".")[:2])) < (5, 14):
         pytest.skip("MADV_POPULATE_WRITE needs Linux 5.14")
     assert 2 * in_use - 4 * MIB < grown < 2 * in_use + 8 * MIB
     output, logits = driver.step([(0, [3]), (1, [4])])

@@ -1,7 +1,7 @@
 """What every matrix product shares: the order of tiles, the split over K, and what follows the sum.
 
 A product y = x @ w.T is cut into tiles of [BLOCK_M rows of x, BLOCK_N rows of w] and, along K, into ``SPLIT`` parts
-of whole steps of BLOCK_K. **BLOCK_K and SPLIT are functions of (N, K, format) alone**, and every variant adds in one
+of whole steps of BLOCK_K. **Where parts begin is a function of (N, K, format) alone**, and every variant adds in one
 order: within a part the tensor core adds its instructions in ascending K into one fp32 accumulator that starts at
 zero; parts are then added one after another, ``((p0 + p1) + p2) + p3``. Few rows compute the parts in different
 programs and the last one to arrive adds them; many rows compute them one after another in one program.
@@ -109,8 +109,8 @@ class Scratch:
 
 
 def scratch(m: int, n: int, split: int) -> Scratch:
-    """Scratch of [m, k] by [n, k]; none where rows or columns alone make programs enough for parts in turn."""
-    if split == 1 or m > MOST_SPLIT_ROWS or cdiv(n, SPLIT_COLUMNS) >= SPLIT_PROGRAMS:
+    """Scratch of a product of ``m`` rows and ``n`` columns; none where parts are not computed side by side."""
+    if split == 1 or m > MOST_SPLIT_ROWS:
         return Scratch(0, 0)
     return Scratch(split * m * n, cdiv(n, SPLIT_COLUMNS) * cdiv(m, 16))
 

@@ -7,10 +7,10 @@
 
 sm_90 multiplies FP8 on its tensor cores (QGMMA), whose accumulator keeps 14 bits of the largest addend (DeepSeek-V3's
 report, 2024, section 3.3.2). So no sum stays there for more than PART values of K, a block's for 128: parts are added
-up in fp32 registers. By a simulation of such an accumulator (tests/gpu/test_fp8_sums.py), at K = 4,096 of normal
-numbers, parts of 1,024 err by 0.05% of the result's rms, all of K in one by 0.13%; rounding the result to bf16 costs
-0.17%, the operands to e4m3 3.7%. Where all products have one sign, what is cut off adds up: 1.4% and 6.7%, and 0.06% in
-parts of 128, as scales of blocks have.
+up in fp32 registers, group by group where K is split, and groups to each other. By a simulation of such an accumulator
+(tests/gpu/test_fp8_sums.py), at K = 4,096 of normal numbers, parts of 1,024 err by 0.05% of the result's rms, all of K
+in one by 0.13%; rounding the result to bf16 costs 0.17%, the operands to e4m3 3.7%. Where all products have one sign,
+what is cut off adds up: 1.4% and 6.7%, and 0.06% in parts of 128, as scales of blocks have.
 
 sm_80 has no FP8 arithmetic: a code's bits, shifted, are the fp16 number of 2^-8 times its value, subnormals included,
 so operands become fp16 in registers, products are exact, and the factor 2^16 is given back at the end. The codes for
@@ -21,6 +21,8 @@ Roofline: as ``linear_int8``.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -148,6 +150,37 @@ def _sum(
     return acc
 
 
+@triton.jit
+def _group(
+    y, x, w, x_scale, w_scale, row, column, first, steps, M, N, K, stride_x, stride_w,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, SPECIALIZE: tl.constexpr,
+    TMA: tl.constexpr, EVEN_K: tl.constexpr, DECODE: tl.constexpr, BLOCKED: tl.constexpr, SPLIT: tl.constexpr,
+    PARTS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """y, which is zero, plus the parts of one of SPLIT groups of K from step ``first`` on, in order."""
+    if BLOCKED:
+        return _sum(
+            x, w, x_scale, w_scale, row, column, first, min(first + tl.cdiv(steps, SPLIT), steps),
+            M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED,
+        )  # fmt: skip
+    else:
+        LENGTH: tl.constexpr = PART // BLOCK_K
+        if PARTS == 1:
+            return _sum(
+                x, w, x_scale, w_scale, row, column, first, min(first + LENGTH, steps),
+                M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED,
+            )  # fmt: skip
+        else:
+            for part in range(PARTS):
+                start = first + part * LENGTH
+                y += _sum(
+                    x, w, x_scale, w_scale, row, column, start, min(start + LENGTH, steps),
+                    M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE,
+                    BLOCKED,
+                )  # fmt: skip
+            return y
+
+
 @triton.jit(do_not_specialize=["M"])
 def linear_fp8_kernel(
     x,
@@ -166,6 +199,7 @@ def linear_fp8_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     PART: tl.constexpr,
+    PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
     PARALLEL: tl.constexpr,
     SWAP: tl.constexpr,
@@ -192,28 +226,32 @@ def linear_fp8_kernel(
         x, w = described(x, M, K, stride_x, BLOCK_M, BLOCK_K), described(w, N, K, stride_w, BLOCK_N, BLOCK_K)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
-    length = tl.cdiv(steps, SPLIT) if BLOCKED else PART // BLOCK_K
+    length = tl.cdiv(steps, SPLIT) if BLOCKED else PARTS * PART // BLOCK_K
     jobs = tiles * SPLIT if PARALLEL else tiles
     for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
         tile = job // SPLIT if PARALLEL else job
         row, column = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
         done = True
+        y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if PARALLEL:
             part = job % SPLIT
-            first = part * length
-            y = _sum(
-                x, w, x_scale, w_scale, row, column, first, min(first + length, steps), M, N, K, stride_x, stride_w,
-                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED,
+            y = _group(
+                y, x, w, x_scale, w_scale, row, column, part * length, steps, M, N, K, stride_x, stride_w,
+                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED, SPLIT, PARTS, PART,
             )  # fmt: skip
             put_part(y, workspace, part, row, column, M, N, BLOCK_M, BLOCK_N)
             done = arrive(counters, tile, SPLIT)
+        elif SPLIT == 1:
+            y = _group(
+                y, x, w, x_scale, w_scale, row, column, 0, steps, M, N, K, stride_x, stride_w,
+                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED, SPLIT, PARTS, PART,
+            )  # fmt: skip
         else:
-            y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for one in range(SPLIT):
-                first = one * length
-                y += _sum(
-                    x, w, x_scale, w_scale, row, column, first, min(first + length, steps), M, N, K, stride_x, stride_w,
-                    BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED,
+                y += _group(
+                    tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
+                    x, w, x_scale, w_scale, row, column, one * length, steps, M, N, K, stride_x, stride_w,
+                    BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED, SPLIT, PARTS, PART,
                 )  # fmt: skip
         if done:
             if PARALLEL:
@@ -231,14 +269,18 @@ def linear_fp8_kernel(
             )  # fmt: skip
 
 
-def split_of(n: int, k: int, scaling: Scaling) -> int:
-    """Parts along K of a product with an [n, k] weight."""
-    return gemm.split_k(n, k, BLOCK, least=512) if scaling == "block" else cdiv(k, PART)
+def split_of(n: int, k: int, scaling: Scaling) -> tuple[int, int]:
+    """Groups along K of a product with an [n, k] weight, and the parts of PART values in each."""
+    if scaling == "block":
+        return gemm.split_k(n, k, BLOCK, least=512), 1
+    parts = cdiv(k, PART)
+    each = cdiv(parts, gemm.split_k(n, k, PART, least=PART))
+    return cdiv(parts, each), each
 
 
 def linear_fp8_scratch(m: int, n: int, k: int, scaling: Scaling) -> Scratch:
     """Scratch that ``linear_fp8`` needs for [m, k] by [n, k]."""
-    return gemm.scratch(m, n, split_of(n, k, scaling))
+    return gemm.scratch(m, n, split_of(n, k, scaling)[0])
 
 
 def scale_shapes(m: int, n: int, k: int, scaling: Scaling) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -284,24 +326,35 @@ def linear_fp8(
         x, w = x.view(torch.uint8), w.view(torch.uint8)
     regular = gemm.regular(x, w, k, arch)
     tile = gemm.pick((CONFIGS if scaling == "block" else WHOLE)[arch], m, regular, out)
-    tma, split = regular and arch == "sm_90", split_of(n, k, scaling)
+    tma, (split, parts) = regular and arch == "sm_90", split_of(n, k, scaling)
     if scaling == "block" and not batch_invariant and m > gemm.MOST_SPLIT_ROWS:
         split = 1
     args = gemm.operands(x, w, tile, tma)
     args |= {"x_scale": x_scale, "w_scale": w_scale, **after.args()}
-    meta: dict[str, Any] = {"PART": PART, "TMA": tma, "EVEN_K": k % tile.block_k == 0, "SILU_MUL": after.silu_mul}
+    meta: dict[str, Any] = {
+        "PART": PART,
+        "PARTS": parts,
+        "TMA": tma,
+        "EVEN_K": k % tile.block_k == 0,
+        "SILU_MUL": after.silu_mul,
+    }
     meta |= {"DECODE": decode, "SCALING": scaling}
     return [Product(linear_fp8_kernel, arch, m, n, k, tile, split).launch(args, out, workspace, counters, **meta)]
 
 
 def card_shapes(arch: str) -> list[CardShape]:
-    """The projections of an 8B Llama layer with scales per block, the most demanding."""
-    return gemm.llama_shapes(_card_launches, arch, weight_bytes=1.0 + 4 / BLOCK**2, input_bytes=1.0 + 4 / BLOCK)
+    """The projections of an 8B Llama layer with scales per block, and two of them with scales per row."""
+    blocks = gemm.llama_shapes(partial(_card_launches, "block"), arch, 1.0 + 4 / BLOCK**2, 1.0 + 4 / BLOCK)
+    rows = gemm.llama_shapes(partial(_card_launches, "row"), arch, 1.0, 1.0)
+    names = ("qkv", "down")  # in four groups of a part, and of several
+    return blocks + [replace(s, name=f"{s.name} by rows") for s in rows if s.name.startswith(names)]
 
 
-def _card_launches(m: int, n: int, k: int, after: Epilogue, out: torch.Tensor, arch: str) -> list[Launch]:
+def _card_launches(
+    scaling: Scaling, m: int, n: int, k: int, after: Epilogue, out: torch.Tensor, arch: str
+) -> list[Launch]:
     x, w = (torch.empty(rows, k, dtype=torch.float8_e4m3fn, device="meta") for rows in (m, n))
-    x_scale, w_scale = (torch.empty(shape, device="meta") for shape in scale_shapes(m, n, k, "block"))
-    workspace, counters = linear_fp8_scratch(m, n, k, "block").tensors("meta")
+    x_scale, w_scale = (torch.empty(shape, device="meta") for shape in scale_shapes(m, n, k, scaling))
+    workspace, counters = linear_fp8_scratch(m, n, k, scaling).tensors("meta")
     scratch: dict[str, Any] = {"workspace": workspace, "counters": counters}
-    return linear_fp8(x, w, x_scale, w_scale, out, arch, scaling="block", after=after, **scratch)
+    return linear_fp8(x, w, x_scale, w_scale, out, arch, scaling=scaling, after=after, **scratch)

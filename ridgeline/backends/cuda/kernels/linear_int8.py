@@ -46,6 +46,7 @@ CONFIGS: dict[str, tuple[Tile, ...]] = {
     "sm_80": (
         Tile(16, 16, 64, BLOCK_K, num_warps=4, num_stages=5, per_sm=3),
         Tile(64, 64, 128, BLOCK_K, num_warps=4, num_stages=4, per_sm=2),
+        Tile(1024, 128, 128, BLOCK_K, num_warps=8, num_stages=3, per_sm=1),  # twice as many programs
         Tile(MANY, 128, 256, 64, num_warps=8, num_stages=4, per_sm=1),
     ),
     "sm_90": (

@@ -110,7 +110,8 @@ def parse(sass: str) -> Code:
         if target:
             branches.append((len(opcodes), int(target.group(1), 16)))
         opcodes.append(opcode)
-    while opcodes and base(opcodes[-1]) in ("NOP", "BRA"):  # what pads the end: a branch to itself and nothing
+    idle = {place for place, target in branches if at.get(target) == place}
+    while opcodes and (base(opcodes[-1]) == "NOP" or len(opcodes) - 1 in idle):  # what pads the end
         opcodes.pop()
     loops = {(at[target], place) for place, target in branches if at.get(target, place) < place < len(opcodes)}
     return Code(tuple(opcodes), tuple(sorted(loops, key=lambda span: span[1] - span[0])))
