@@ -197,7 +197,7 @@ def our_fp8_row(arch: str, rows: int) -> list[Launch]:
     """FP8 with a scale for each row of x and of w."""
     module, (n, k) = op("linear_fp8"), QKV
     x, w = (empty(r, k, dtype=torch.float8_e4m3fn) for r in (rows, n))
-    workspace, counters = module.linear_fp8_scratch(rows, n, k, "row").tensors("meta")
+    workspace, counters = module.linear_fp8_scratch(rows, n, k, "row", arch).tensors("meta")
     scratch = {"workspace": workspace, "counters": counters}
     out = empty(rows, n)
     return list(module.linear_fp8(x, w, floats(rows), floats(n), out, arch, scaling="row", **scratch))

@@ -235,7 +235,7 @@ def _fp8(case: LinearCase, arch: str, rng: np.random.Generator, only: int | None
     scales, w_scales = (scales_of(rng, shape) for shape in shapes)
     scales = scales if scaling == "tensor" else _pick(scales, only)
     after = _After(case, rng, only)
-    scratch = _scratch(linear_fp8_scratch(len(x), case.n, case.k, scaling))
+    scratch = _scratch(linear_fp8_scratch(len(x), case.n, case.k, scaling, arch))
     launches = linear_fp8(
         x,
         w,

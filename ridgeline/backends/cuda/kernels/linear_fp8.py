@@ -158,7 +158,7 @@ def _group(
     PARTS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """y, which is zero, plus the parts of one of SPLIT groups of K from step ``first`` on, in order."""
-    if BLOCKED:
+    if BLOCKED or DECODE:  # sums of 128 values, or in fp32 throughout: a group has no parts
         return _sum(
             x, w, x_scale, w_scale, row, column, first, min(first + tl.cdiv(steps, SPLIT), steps),
             M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED,
@@ -226,7 +226,7 @@ def linear_fp8_kernel(
         x, w = described(x, M, K, stride_x, BLOCK_M, BLOCK_K), described(w, N, K, stride_w, BLOCK_N, BLOCK_K)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
-    length = tl.cdiv(steps, SPLIT) if BLOCKED else PARTS * PART // BLOCK_K
+    length = tl.cdiv(steps, SPLIT) if BLOCKED or DECODE else PARTS * PART // BLOCK_K
     jobs = tiles * SPLIT if PARALLEL else tiles
     for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
         tile = job // SPLIT if PARALLEL else job
@@ -269,18 +269,18 @@ def linear_fp8_kernel(
             )  # fmt: skip
 
 
-def split_of(n: int, k: int, scaling: Scaling) -> tuple[int, int]:
+def split_of(n: int, k: int, scaling: Scaling, arch: str) -> tuple[int, int]:
     """Groups along K of a product with an [n, k] weight, and the parts of PART values in each."""
-    if scaling == "block":
+    if scaling == "block" or arch == "sm_80":
         return gemm.split_k(n, k, BLOCK, least=512), 1
     parts = cdiv(k, PART)
     each = cdiv(parts, gemm.split_k(n, k, PART, least=PART))
     return cdiv(parts, each), each
 
 
-def linear_fp8_scratch(m: int, n: int, k: int, scaling: Scaling) -> Scratch:
+def linear_fp8_scratch(m: int, n: int, k: int, scaling: Scaling, arch: str) -> Scratch:
     """Scratch that ``linear_fp8`` needs for [m, k] by [n, k]."""
-    return gemm.scratch(m, n, split_of(n, k, scaling)[0])
+    return gemm.scratch(m, n, split_of(n, k, scaling, arch)[0])
 
 
 def scale_shapes(m: int, n: int, k: int, scaling: Scaling) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -314,7 +314,7 @@ def linear_fp8(
         out: [M, N], or [M, N / 2] after silu_mul; bf16, fp16 or fp32, rows contiguous.
         after: what follows the scaled sum.
         workspace, counters: as ``linear_fp8_scratch`` says.
-        batch_invariant: False lets many rows with scales of blocks go without the split over K.
+        batch_invariant: False lets many rows go without the split over K.
     """
     (m, k), n = x.shape, w.shape[0]
     after = after or Epilogue()
@@ -326,9 +326,8 @@ def linear_fp8(
         x, w = x.view(torch.uint8), w.view(torch.uint8)
     regular = gemm.regular(x, w, k, arch)
     tile = gemm.pick((CONFIGS if scaling == "block" else WHOLE)[arch], m, regular, out)
-    tma, (split, parts) = regular and arch == "sm_90", split_of(n, k, scaling)
-    if scaling == "block" and not batch_invariant and m > gemm.MOST_SPLIT_ROWS:
-        split = 1
+    tma, whole = regular and arch == "sm_90", not batch_invariant and m > gemm.MOST_SPLIT_ROWS
+    split, parts = split_of(MANY if whole else n, k, scaling, arch)  # with columns enough there is no split
     args = gemm.operands(x, w, tile, tma)
     args |= {"x_scale": x_scale, "w_scale": w_scale, **after.args()}
     meta: dict[str, Any] = {
@@ -355,6 +354,6 @@ def _card_launches(
 ) -> list[Launch]:
     x, w = (torch.empty(rows, k, dtype=torch.float8_e4m3fn, device="meta") for rows in (m, n))
     x_scale, w_scale = (torch.empty(shape, device="meta") for shape in scale_shapes(m, n, k, scaling))
-    workspace, counters = linear_fp8_scratch(m, n, k, scaling).tensors("meta")
+    workspace, counters = linear_fp8_scratch(m, n, k, scaling, arch).tensors("meta")
     scratch: dict[str, Any] = {"workspace": workspace, "counters": counters}
     return linear_fp8(x, w, x_scale, w_scale, out, arch, scaling=scaling, after=after, **scratch)
