@@ -89,6 +89,22 @@ REASONS: dict[str, list[Key]] = {
         ("attention_prefill", "merge", "V2 > 0", "V2 >= 0"),
         ("attention_decode", "decode_kernel", "0 in D2 > 0", "1"),
     ],
+    "both are false where a group has parts": [
+        (
+            "linear_fp8",
+            "_group",
+            "_sum(x, w, x_scale, w_scale, row, column, start, min(start + LENGTH, steps), M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED)",
+            "_sum(x, w, x_scale, w_scale, row, column, start, min(start + LENGTH, steps), M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, BLOCKED, DECODE)",
+        ),
+    ],
+    "which operand comes first changes no bit, and the interpreter knows no warp specialization": [
+        (
+            "linear_fp8",
+            "linear_fp8_kernel",
+            "_group(y, x, w, x_scale, w_scale, row, column, part * length, steps, M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED, SPLIT, PARTS, PART)",
+            "_group(y, x, w, x_scale, w_scale, row, column, part * length, steps, M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SPECIALIZE, SWAP, TMA, EVEN_K, DECODE, BLOCKED, SPLIT, PARTS, PART)",
+        ),
+    ],
     "a hint to the compiler": [
         ("attention_prefill", "prefill_kernel", "True in volatile=True", "False"),
         (
