@@ -61,7 +61,7 @@ class EngineConfig:
     num_kv_blocks: int | None = _option(
         None,
         "blocks in the KV cache (default: 2048 tokens for each of max_num_seqs, memory being taken as it is used, "
-        "and while idle up to 128 MiB more; on a GPU all that its memory has room for)",
+        "and while idle 128 MiB or 32 blocks more at most; on a GPU all that its memory has room for)",
     )
     kv_cache_bytes: str | None = _option(
         None, "size of the KV cache, such as 512MiB or 2GiB or a number of bytes (instead of num_kv_blocks)"
