@@ -35,7 +35,7 @@ Executor::Executor(const ExecutorConfig& config)
       kernels_(select_kernels(config.isa)),
       weights_(config.weight_bytes),
       arena_(config.arena_bytes),
-      team_(config.threads > 0 ? config.threads : available_threads(), [this] { return cache_ahead_.extend(); }) {
+      team_(config.threads > 0 ? config.threads : available_threads()) {
   KvCache& cache = step_.cache;
   cache.dtype = config.kv_dtype;
   cache.keys_bytes = kBlock * kv_row_bytes(config.kv_dtype, config.head_dim);
@@ -43,7 +43,7 @@ Executor::Executor(const ExecutorConfig& config)
   cache.block_bytes = cache.layer_bytes * config.layers;
   cache_ = Region(cache.block_bytes * (size_t)config.num_blocks);
   cache.base = cache_.data();
-  cache_ahead_.watch(cache_, kBlocksAhead * cache.block_bytes);
+  cache_ahead_.emplace(cache_, kBlocksAhead * cache.block_bytes);
   rope_capacity_ = (int)round_up((size_t)config.max_blocks_per_slot * kBlock, kRopeStep);
   rope_ = Region((size_t)rope_capacity_ * config.head_dim * sizeof(float));
   const size_t chunks = (size_t)config.max_blocks_per_slot * kBlock / kChunk + 1;
@@ -184,7 +184,7 @@ void Executor::update_block_tables(const BatchView& b) {
     block_tables_[(size_t)u[0] * config_.max_blocks_per_slot + u[1]] = u[2];
     last = std::max(last, u[2]);
   }
-  cache_ahead_.used((size_t)(last + 1) * step_.cache.block_bytes);
+  cache_ahead_->begin((size_t)(last + 1) * step_.cache.block_bytes);
   for (int r = 0; r < b.requests; r++) {
     const int32_t* table = &block_tables_[(size_t)b.slots[r] * config_.max_blocks_per_slot];
     for (int i = 0; i <= (b.context_lens[r] - 1) / kBlock; i++)
@@ -445,6 +445,7 @@ void Executor::settle() {
     if (stands && tokens_[i] >= 0) last_token_[(size_t)slots_[(size_t)request]] = tokens_[i];
     if (row + 1 < query_ends_[(size_t)request] && token_ids_[(size_t)row + 1] != tokens_[i]) stands = false;
   }
+  cache_ahead_->end();
 }
 
 void Executor::set_profiling(bool on) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -108,8 +109,8 @@ class Executor {
   ExecutorConfig config_;
   const Kernels* kernels_;
   Region weights_, arena_, cache_, rope_, partials_;
-  PagesAhead cache_ahead_;
-  Team team_;  // behind what its workers touch while idle
+  std::optional<PagesAhead> cache_ahead_;  // behind the cache, which its thread touches
+  Team team_;
   size_t weights_used_ = 0;
   std::vector<std::unique_ptr<float[]>> vectors_;
   std::vector<std::unique_ptr<LinearArgs>> linears_;

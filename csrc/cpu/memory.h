@@ -3,11 +3,12 @@
 
 #include <sys/mman.h>
 
-#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <new>
+#include <thread>
 #include <utility>
 
 #include "packed.h"
@@ -47,42 +48,35 @@ class Region {
 // Pages of a region that is used from its start on, had from the kernel before they are needed. In a virtual machine a
 // page that no process has had before can cost milliseconds, which a lone prompt would wait for: its cache blocks are
 // all new. As many bytes are kept ready as are in use, as in a growing vector: at most kMost, at least `least`.
+//
+// A thread of its own has them, which runs only where nothing else wants the core, and only while no step has run for
+// kQuiet: a core that has a huge page zeroed is lost to a step that begins then for up to as long as that takes, and a
+// stream of steps would pay that at each.
 class PagesAhead {
  public:
-  // Before used(); until then extend() has nothing to do.
-  void watch(const Region& region, size_t least) {
-    data_ = region.data();
-    size_ = region.size();
-    least_ = least;
-  }
+  PagesAhead(const Region& region, size_t least) : data_(region.data()), size_(region.size()), least_(least) {}
+  ~PagesAhead();
+  PagesAhead(const PagesAhead&) = delete;
+  PagesAhead& operator=(const PagesAhead&) = delete;
 
-  // The first `bytes` of the region are in use from now on.
-  void used(size_t bytes) {
-    const size_t wanted = std::min(size_, bytes + std::max(least_, std::min(bytes, kMost)));
-    if (wanted > wanted_.load(std::memory_order_relaxed)) wanted_.store(wanted, std::memory_order_release);
-  }
-
-  // Has one huge page more ready; false when there are enough, or the kernel (before Linux 5.14) cannot.
-  bool extend() {
-    const size_t wanted = wanted_.load(std::memory_order_acquire);
-    if (ready_ >= wanted) return false;
-    const size_t upto = std::min(size_, round_up((uintptr_t)data_ + ready_ + 1, kHugePage) - (uintptr_t)data_);
-    if (madvise(data_ + ready_, upto - ready_, kPopulateWrite) != 0) {
-      ready_ = SIZE_MAX;
-      return false;
-    }
-    ready_ = upto;
-    return ready_ < wanted;
-  }
+  // By one thread: a step begins, with which the first `bytes` of the region are in use; the step has ended.
+  void begin(size_t bytes);
+  void end();
 
  private:
-  static constexpr size_t kMost = (size_t)128 << 20;
-  static constexpr size_t kHugePage = (size_t)2 << 20;
-  static constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers lack; contents stay
+  using Clock = std::chrono::steady_clock;
+  static constexpr auto kQuiet = std::chrono::milliseconds(20);
 
-  uint8_t* data_ = nullptr;
-  size_t size_ = 0, least_ = 0, ready_ = 0;
+  void work();
+  bool quiet() const;
+
+  uint8_t* const data_;
+  const size_t size_, least_;
+  size_t asked_ = 0;
   std::atomic<size_t> wanted_{0};
+  std::atomic<bool> running_{false};
+  std::atomic<Clock::time_point> ended_{};
+  std::thread thread_;
 };
 
 }  // namespace ridgeline

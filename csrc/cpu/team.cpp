@@ -11,7 +11,6 @@
 #include <cstdlib>
 #include <fstream>
 #include <string>
-#include <utility>
 
 namespace ridgeline {
 namespace {
@@ -63,7 +62,7 @@ int available_threads() {
   return std::max(1, std::min(allowed, cgroup_limit()));
 }
 
-Team::Team(int size, std::function<bool()> idle) : size_(std::max(1, size)), idle_(std::move(idle)) {
+Team::Team(int size) : size_(std::max(1, size)) {
   try {
     for (int t = 1; t < size_; t++) threads_.emplace_back([this, t] { work(t); });
   } catch (...) {
@@ -88,9 +87,6 @@ void Team::work(int thread) {
     auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(500);
     while (epoch_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
       for (int i = 0; i < 16; i++) relax();
-    if (thread == 1 && idle_)
-      while (epoch_.load(std::memory_order_acquire) == seen && idle_()) {
-      }
     if (epoch_.load(std::memory_order_acquire) == seen) {
       sleeping_.fetch_add(1);
       epoch_.wait(seen);

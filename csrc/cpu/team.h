@@ -14,8 +14,7 @@ int available_threads();
 
 class Team {
  public:
-  // `idle` is what a worker does, a small piece a call, before it sleeps: called until it returns false or a job comes.
-  explicit Team(int size, std::function<bool()> idle = nullptr);
+  explicit Team(int size);
   ~Team();
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
@@ -91,7 +90,6 @@ class Team {
   void dismiss();
 
   const int size_;
-  const std::function<bool()> idle_;
   std::vector<std::thread> threads_;
   const std::function<void(int)>* job_ = nullptr;
   Cursor cursors_[3];

@@ -1,4 +1,4 @@
-"""The cache's memory: an idle team fetches from the kernel what the next requests will need, and no more."""
+"""The cache's memory: an idle executor has from the kernel what the next requests will need, and no more."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def resident() -> int:
 def settled() -> int:
     """``resident`` once it has stood still for a while."""
     before, still = resident(), 0
-    while still < 10:
+    while still < 15:
         time.sleep(0.02)
         now = resident()
         still = 0 if now > before else still + 1
@@ -35,7 +35,7 @@ def settled() -> int:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_an_idle_team_has_as_much_cache_ready_as_is_in_use(threads: int) -> None:
+def test_an_idle_executor_has_as_much_cache_ready_as_is_in_use(threads: int) -> None:
     weights = random_weights(config(head_dim=64), "q8_0")
     graph = llama.build(
         config(head_dim=64), {n: w.tensor.format for n, w in weights.items()},
@@ -51,9 +51,6 @@ def test_an_idle_team_has_as_much_cache_ready_as_is_in_use(threads: int) -> None
     driver.step([(0, [1])])
     driver.step([(1, [2])])
     grown = settled() - before
-    if threads == 1:
-        assert grown < in_use / 2, "a team without workers has nobody to do it"
-        return
     if grown < in_use / 2 and tuple(map(int, Path("/proc/sys/kernel/osrelease").read_text().split(".")[:2])) < (5, 14):
         pytest.skip("MADV_POPULATE_WRITE needs Linux 5.14")
     assert 2 * in_use - 4 * MIB < grown < 2 * in_use + 8 * MIB
