@@ -2,6 +2,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <limits>
 #include <map>
@@ -102,17 +104,48 @@ std::vector<const uint8_t*> gather_rows(const std::vector<std::pair<Array<uint8_
   return all;
 }
 
-py::object pack_weight(Executor& e, const std::vector<std::pair<Array<uint8_t>, py::object>>& parts,
-                       const std::string& format_name, int k, int interleave, bool tiles) {
-  Format format = format_of(format_name);
-  auto rows = gather_rows(parts, format, k, interleave);
-  int bad = -1;
-  PackedMatrix m;
-  {
-    py::gil_scoped_release release;
-    m = e.pack(rows, format, k, tiles, &bad);
+// A matrix as its file has it, ready to be packed without Python.
+struct FileMatrix {
+  FileMatrix(std::vector<std::pair<Array<uint8_t>, py::object>> from, const std::string& format_name, int columns,
+             int interleave, bool tiles)
+      : parts(std::move(from)),
+        format(format_of(format_name)),
+        k(columns),
+        rows(gather_rows(parts, format, k, interleave)),
+        tiles(tiles) {
+    for (const auto& [data, order] : parts)
+      if (!data.writeable()) memory.emplace_back((uintptr_t)data.data(), (size_t)data.size());
   }
-  return py::make_tuple(m, bad);
+
+  // Gives back the pages that hold the parts, read-only mappings of a file: they are read again if touched. Pages shared
+  // with a neighbour go too.
+  void drop_pages() const {
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    for (const auto& [at, bytes] : memory) madvise((void*)(at / page * page), at % page + bytes, MADV_DONTNEED);
+  }
+
+  std::vector<std::pair<Array<uint8_t>, py::object>> parts;
+  Format format;
+  int k;
+  std::vector<const uint8_t*> rows;
+  bool tiles;
+  std::vector<std::pair<uintptr_t, size_t>> memory;
+};
+
+// All in one call: a thread that comes back for the interpreter after each would wait for whoever has it by then. Each
+// with its first bad row or -1; none follows a bad one.
+std::vector<std::pair<PackedMatrix, int>> pack_weights(Executor& e, const std::vector<const FileMatrix*>& matrices,
+                                                       bool mapped) {
+  std::vector<std::pair<PackedMatrix, int>> result;
+  py::gil_scoped_release release;
+  for (const FileMatrix* m : matrices) {
+    int bad = -1;
+    PackedMatrix packed = e.pack(m->rows, m->format, m->k, m->tiles, &bad);
+    result.emplace_back(packed, bad);
+    if (bad >= 0) break;
+    if (mapped) m->drop_pages();
+  }
+  return result;
 }
 
 template <class T>
@@ -343,9 +376,11 @@ PYBIND11_MODULE(_native, m) {
   py::class_<PackedMatrix>(m, "PackedMatrix")
       .def_readonly("n", &PackedMatrix::n)
       .def_readonly("k", &PackedMatrix::k);
+  py::class_<FileMatrix>(m, "FileMatrix")
+      .def(py::init<std::vector<std::pair<Array<uint8_t>, py::object>>, std::string, int, int, bool>());
   py::class_<Executor> executor(m, "Executor");
   executor.def(py::init(&make_executor))
-      .def("pack", &pack_weight)
+      .def("pack", &pack_weights)
       .def("set_logits", [](Executor& e, Place p) { e.set_logits(buffer_of(p)); })
       .def("set_head", &Executor::set_head)
       .def("launch", &launch)

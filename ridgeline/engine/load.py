@@ -67,7 +67,8 @@ class Runtime:
 
 
 def load_runtime(config: EngineConfig) -> Runtime:
-    """Load ``config.model``: one thread packs its weights, in native code, while this one builds the tokenizer.
+    """Load ``config.model``: its plan first, then one thread packs its weights, in native code, while this one builds
+    the tokenizer.
 
     Raises ModelFileError, UnsupportedError or ConfigError, the last also when there is not enough memory.
     """
@@ -89,10 +90,11 @@ def _load(config: EngineConfig) -> Runtime:
         num_blocks = config.pool_blocks(model.config.context_length, _block_bytes(config, model))
         if num_blocks * config.block_size < 2:
             raise ConfigError("num_kv_blocks must hold at least 2 tokens: raise it or block_size")
-    packing = _Background(lambda: make_executor(config, model, max_len, num_blocks))
+    plan, build = plan_executor(config, model, max_len, num_blocks)
+    packing = _Background(build)
     with _naming(model.file.path):
         tokenizer, detokenizer = _make_tokenizer(model)
-        plan, executor = packing.result()
+        executor = packing.result()
     limits = EngineLimits(
         max_requests=config.max_num_seqs,
         max_tokens=config.max_num_batched_tokens,
@@ -161,10 +163,10 @@ def _make_tokenizer(model: Model) -> tuple[Tokenizer, Callable[[], Detokenizer]]
     return tokenizer, lambda: Plain(tokenizer)
 
 
-def make_executor(
+def plan_executor(
     config: EngineConfig, model: Model, max_len: int, num_blocks: int | None, spare_slots: int = 0
-) -> tuple[Plan, Executor]:
-    """The plan of ``model`` and the backend that runs it, its weights packed.
+) -> tuple[Plan, Callable[[], Executor]]:
+    """The plan of ``model``, and what makes the backend that runs it and packs its weights.
 
     Args:
         max_len: tokens of the longest sequence.
@@ -182,30 +184,34 @@ def make_executor(
         from ridgeline.backends.reference.executor import ReferenceExecutor
 
         plan = compile(graph, naive_target(kv_dtype))
-        return plan, ReferenceExecutor(plan, model.weights, **sizes)
+        return plan, lambda: ReferenceExecutor(plan, model.weights, **sizes)
     if config.backend == "cuda":
-        return _make_cuda_executor(config, model, graph, kv_dtype, sizes)
+        return _plan_cuda_executor(config, model, graph, kv_dtype, sizes)
     from ridgeline.backends.cpu.executor import CpuExecutor
     from ridgeline.backends.cpu.lowering import plan_target
 
     plan = compile(graph, plan_target(kv_dtype, config.isa, activation_dtype(config)))
     sizes |= {"threads": config.threads, "isa": config.isa}
-    # A packed weight's pages in the file are not read again: give them back as packing goes on.
-    return plan, CpuExecutor(plan, model.weights, packed=model.file.drop_pages, **sizes)
+    # A packed weight's pages in the file are not read again: they are given back as packing goes on.
+    return plan, lambda: CpuExecutor(plan, model.weights, mapped=True, **sizes)
 
 
-def _make_cuda_executor(
+def _plan_cuda_executor(
     config: EngineConfig, model: Model, graph: Graph, kv_dtype: str, sizes: dict[str, Any]
-) -> tuple[Plan, Executor]:
-    """As ``make_executor``, on a GPU or the emulated device; torch and triton are imported here and not before."""
+) -> tuple[Plan, Callable[[], Executor]]:
+    """As ``plan_executor``, on a GPU or the emulated device; torch and triton are imported when it is made."""
+    matrices = {w.tensor.format.name for w in model.weights.values() if len(w.tensor.shape) == 2}
+    plan = compile(graph, cuda_target(kv_dtype, hidden_dtype(matrices)))
+    return plan, lambda: _make_cuda_executor(config, model, plan, sizes)
+
+
+def _make_cuda_executor(config: EngineConfig, model: Model, plan: Plan, sizes: dict[str, Any]) -> Executor:
     from ridgeline.backends.cuda.opening import open_device
 
     device = open_device(config.device or "gpu")
     device.ranges = NvtxRanges() if config.nvtx else None
     from ridgeline.backends.cuda.executor import CudaExecutor
 
-    matrices = {w.tensor.format.name for w in model.weights.values() if len(w.tensor.shape) == 2}
-    plan = compile(graph, cuda_target(kv_dtype, hidden_dtype(matrices)))
     context = sizes["max_blocks_per_slot"] * config.block_size
     if config.device != "emulated":
         from ridgeline.backends.cuda.compiled import compile_for
@@ -217,12 +223,12 @@ def _make_cuda_executor(
 
         limits = Limits.of(plan, **sizes | {"num_blocks": []})
         blocks = cache_blocks(plan, device.arch, limits, context, device.free_memory())
-        sizes["num_blocks"] = [blocks] * len(plan.caches)
+        sizes = sizes | {"num_blocks": [blocks] * len(plan.caches)}
     options: dict[str, Any] = {"batch_invariant": config.batch_invariant, "graphs": config.cuda_graphs}
     executor = CudaExecutor(plan, model.weights, device, **options, **sizes)
     if device.ranges is not None:
         executor.trace(device.ranges)
-    return plan, executor
+    return executor
 
 
 class _Background(Generic[T]):

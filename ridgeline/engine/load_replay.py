@@ -11,7 +11,7 @@ from ridgeline.core.errors import ConfigError, ModelFileError, RidgelineError
 from ridgeline.core.types import Executor
 from ridgeline.engine.flight import FlightRecord
 from ridgeline.engine.identity import identify, native_build
-from ridgeline.engine.load import make_executor
+from ridgeline.engine.load import plan_executor
 from ridgeline.models.load import load_model
 from ridgeline.models.registry import resolve
 
@@ -63,8 +63,9 @@ def load_replay(
             f"({environment.model.size} bytes, hash {environment.model.sha256[:12]}): name that with --model"
         )
     spare = sizes.max_blocks_per_slot
-    _, executor = make_executor(config, load_model(path), sizes.max_len, sizes.num_blocks[0] + spare, spare_slots=1)
-    return ReplaySetup(executor, notes)
+    blocks = sizes.num_blocks[0] + spare
+    _, build = plan_executor(config, load_model(path), sizes.max_len, blocks, spare_slots=1)
+    return ReplaySetup(build(), notes)
 
 
 def _options(record: FlightRecord, model: str | None, isa: str | None, threads: int | None) -> dict[str, Any]:

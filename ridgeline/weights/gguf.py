@@ -45,22 +45,11 @@ class GGUFFile:
             raise
         self.version = header.version
         self.metadata: dict[str, Any] = header.metadata
-        self._offsets = {info.name: info.offset for info in header.tensors}
         whole: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         self.tensors: dict[str, WeightTensor] = {
             info.name: WeightTensor(info.name, info.shape, info.format, whole[info.offset : info.offset + info.nbytes])
             for info in header.tensors
         }
-
-    def drop_pages(self, tensor: WeightTensor) -> None:
-        """Give back the memory of the pages that hold ``tensor`` (they are read again if touched).
-
-        Pages shared with a neighbouring tensor go too: the mapping is read-only, so only time is lost.
-        """
-        page = mmap.PAGESIZE
-        start = self._offsets[tensor.name] // page * page
-        end = self._offsets[tensor.name] + tensor.data.size
-        self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def close(self) -> None:
         """Forget the tensors and unmap the file; views still held elsewhere keep the mapping alive."""

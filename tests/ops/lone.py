@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ridgeline.backends.cpu import _native
-from ridgeline.backends.cpu.lowering import Lowering, packed_weight_bytes, packings
+from ridgeline.backends.cpu.lowering import Lowering, file_matrix, packed_weight_bytes, packings
 from ridgeline.core.formats import FORMATS, WeightFormat
 from ridgeline.core.types import SAMPLING_DTYPE, Batch
 from ridgeline.graph.builder import GraphBuilder
@@ -115,16 +115,10 @@ class NativeGraph:
         }
         assert config["vocab"] * 4 <= SLACK
         self.native = _native.Executor(config)
-        matrices = {}
-        for value, tiles, roles in packings(plan):
-            matrix = self._pack(value, [weights[p] for p in value.info.parts], tiles)
-            matrices |= {(value.name, role): matrix for role in roles}
+        wanted = packings(plan)
+        packed = self.native.pack([file_matrix(value, tiles, weights) for value, tiles, _ in wanted], False)
+        matrices = {(w.value.name, role): m for w, (m, _) in zip(wanted, packed, strict=True) for role in w.roles}
         Lowering(plan, self.native, matrices, weights).run()
-
-    def _pack(self, value: Value, parts: Sequence[Weight], tiles: bool) -> Any:
-        info = value.info
-        sources = [(p.tensor.data, p.row_order) for p in parts]
-        return self.native.pack(sources, info.format.name, bound(value.shape[1]), info.interleave, tiles)[0]
 
     def launch(self, batch: Batch) -> None:
         """Starts a step."""

@@ -14,16 +14,19 @@ class PackedMatrix:
     n: int
     k: int
 
-class Executor:
-    def __init__(self, config: dict[str, Any]) -> None: ...
-    def pack(
+class FileMatrix:
+    def __init__(
         self,
         parts: Sequence[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64] | None]],
         format: str,
         k: int,
         interleave: int,
         tiles: bool,
-    ) -> tuple[PackedMatrix, int]: ...
+    ) -> None: ...
+
+class Executor:
+    def __init__(self, config: dict[str, Any]) -> None: ...
+    def pack(self, matrices: Sequence[FileMatrix], mapped: bool) -> list[tuple[PackedMatrix, int]]: ...
     def set_logits(self, place: _Place) -> None: ...
     def set_head(self, first_op: int) -> None: ...
     def launch(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from ridgeline.backends.cpu import _native
-from ridgeline.backends.cpu.lowering import Lowering, damaged, packed_weight_bytes, packings
+from ridgeline.backends.cpu.lowering import Lowering, damaged, file_matrix, packed_weight_bytes, packings
 from ridgeline.core.errors import ConfigError, RidgelineError, UnsupportedError
 from ridgeline.core.types import Batch, Float32, StepOutput, Ticket, TokenMasks
-from ridgeline.graph.ir import Value, bound
+from ridgeline.graph.ir import bound
 from ridgeline.graph.plan import Plan
 from ridgeline.weights.tensor import WeightTensor
 
@@ -58,7 +58,7 @@ class CpuExecutor:
         max_blocks_per_slot: int,
         threads: int | None = None,
         isa: str | None = None,
-        packed: Callable[[WeightTensor], None] | None = None,
+        mapped: bool = False,
     ) -> None:
         """Allocates the cache and packs the weights.
 
@@ -70,7 +70,7 @@ class CpuExecutor:
             max_blocks_per_slot: most blocks of one request.
             threads: size of the team; None takes what affinity and cgroup allow.
             isa: "amx", "avx512", "avx2" or "generic"; None takes the best this processor has.
-            packed: called with each file tensor once nothing reads it any more.
+            mapped: the weights view a mapped file, whose pages are given back as they are packed.
 
         Raises:
             ConfigError: an instruction set this machine lacks, or a block size the kernels do not have.
@@ -98,36 +98,22 @@ class CpuExecutor:
         except RuntimeError as error:
             raise ConfigError(f"cannot start {threads or 'the'} threads ({error}): lower threads") from None
         self.isa, self.threads = self.native.isa, self.native.threads
-        lowering = Lowering(plan, self.native, self._pack_all(plan, weights, packed), weights)
+        lowering = Lowering(plan, self.native, self._pack(plan, weights, mapped), weights)
         lowering.run()
         self._open: Ticket | None = None
         self._count = 0
 
-    def _pack_all(
-        self,
-        plan: Plan,
-        weights: Mapping[str, StoredWeight],
-        packed: Callable[[WeightTensor], None] | None,
+    def _pack(
+        self, plan: Plan, weights: Mapping[str, StoredWeight], mapped: bool
     ) -> dict[tuple[str, bool], _native.PackedMatrix]:
         """Packs every matrix of the plan, in the order the plan reads them."""
-        result: dict[tuple[str, bool], _native.PackedMatrix] = {}
-        for value, tiles, roles in packings(plan):
-            matrix = self._pack(value, [weights[name] for name in value.info.parts], tiles)
-            result |= {(value.name, role): matrix for role in roles}
-            for name in value.info.parts if packed else ():
-                packed(weights[name].tensor)  # type: ignore[misc]
-        return result
-
-    def _pack(self, value: Value, parts: list[StoredWeight], tiles: bool) -> _native.PackedMatrix:
-        info = value.info
-        sources = [(p.tensor.data, p.row_order) for p in parts]
-        try:
-            matrix, bad = self.native.pack(sources, info.format.name, bound(value.shape[1]), info.interleave, tiles)
-        except ValueError as error:
-            raise UnsupportedError(f"{', '.join(p.tensor.name for p in parts)}: {error}") from None
+        wanted = packings(plan)
+        packed = self.native.pack([file_matrix(value, tiles, weights) for value, tiles, _ in wanted], mapped)
+        matrix, bad = packed[-1]
         if bad >= 0:
-            raise damaged([p.tensor.name for p in parts])
-        return matrix
+            raise damaged([weights[name].tensor.name for name in wanted[len(packed) - 1].value.info.parts])
+        pairs = zip(wanted, packed, strict=True)
+        return {(want.value.name, role): matrix for want, (matrix, _) in pairs for role in want.roles}
 
     @property
     def last_logits(self) -> Float32:

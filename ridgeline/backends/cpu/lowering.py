@@ -65,6 +65,16 @@ def packings(plan: Plan) -> list[Packing]:
     return result
 
 
+def file_matrix(value: Value, tiles: bool, weights: Mapping[str, Any]) -> _native.FileMatrix:
+    """A matrix of a plan as its file has it, to be packed; UnsupportedError when its parts do not fit together."""
+    parts = [weights[name] for name in value.info.parts]
+    sources = [(part.tensor.data, part.row_order) for part in parts]
+    try:
+        return _native.FileMatrix(sources, value.info.format.name, bound(value.shape[1]), value.info.interleave, tiles)
+    except ValueError as error:
+        raise UnsupportedError(f"{', '.join(part.tensor.name for part in parts)}: {error}") from None
+
+
 def packed_weight_bytes(plan: Plan) -> int:
     """Bytes of all matrices of a plan once packed. Raises UnsupportedError for a shape without a layout."""
     total = 0

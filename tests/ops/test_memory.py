@@ -1,8 +1,9 @@
-"""The cache's memory: an idle executor has from the kernel what the next requests will need, and no more."""
+"""An executor's memory: pages of a file that it has packed it gives back, those its cache will need it has ready."""
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ridgeline.backends.cpu.executor import CpuExecutor
 from ridgeline.backends.cpu.lowering import plan_target
 from ridgeline.graph.plan import compile
 from ridgeline.models import llama
+from ridgeline.models.load import load_model
 
 MIB = 1 << 20
 BLOCKS = 40_000
@@ -57,3 +59,19 @@ def test_an_idle_executor_has_as_much_cache_ready_as_is_in_use(threads: int) -> 
     output, logits = driver.step([(0, [3]), (1, [4])])
     assert len(output.token_ids) == 2
     assert (logits == logits).all()
+
+
+def of_file(path: Path) -> int:
+    """Bytes of this process in memory that are pages of ``path``."""
+    mappings = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    return sum(1024 * int(m.split("Rss:")[1].split()[0]) for m in mappings if str(path) in m.split("\n")[0])
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_pages_of_a_mapped_file_are_given_back_as_they_are_packed(smollm2_path: Path, mapped: bool) -> None:
+    model = load_model(smollm2_path)
+    plan = compile(model.graph(32, 1, "bf16", 16), plan_target("bf16", None))
+    CpuExecutor(plan, model.weights, num_slots=1, num_blocks=[2], max_blocks_per_slot=2, threads=2, mapped=mapped)
+    assert (of_file(smollm2_path) < model.file.size / 10) is mapped
+    assert bytes(model.file.tensors["token_embd.weight"].data[:4]) != bytes(4)  # they come back when touched
+    model.file.close()
