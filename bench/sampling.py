@@ -65,7 +65,8 @@ class Sampler:
         config |= {"max_blocks_per_slot": 1, "num_blocks": self.rows, "heads": 1, "kv_heads": 1, "head_dim": 16}
         config |= {"arena_bytes": plan.arena_bytes, "weight_bytes": packed_weight_bytes(plan)}
         self.native = _native.Executor(config | {"rope_frequency": [0.0] * 8})
-        matrix, _ = self.native.pack([(quantize(FORMATS["f32"], logits), None)], "f32", self.vocab, 0, True)
+        stored = _native.FileMatrix([(quantize(FORMATS["f32"], logits), None)], "f32", self.vocab, 0, False)
+        [matrix], *_ = self.native.pack([stored])
         Lowering(plan, self.native, {("table", True): matrix}, {}).run()
 
     def step(self, sampling: np.ndarray, starts: list[SlotStart]) -> float:

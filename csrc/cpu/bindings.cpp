@@ -113,39 +113,52 @@ struct FileMatrix {
         k(columns),
         rows(gather_rows(parts, format, k, interleave)),
         tiles(tiles) {
-    for (const auto& [data, order] : parts)
-      if (!data.writeable()) memory.emplace_back((uintptr_t)data.data(), (size_t)data.size());
+    for (const auto& [data, order] : parts) bytes.emplace_back(data.data(), (size_t)data.size());
   }
 
-  // Gives back the pages that hold the parts, read-only mappings of a file: they are read again if touched. Pages shared
-  // with a neighbour go too.
-  void drop_pages() const {
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    for (const auto& [at, bytes] : memory) madvise((void*)(at / page * page), at % page + bytes, MADV_DONTNEED);
-  }
-
-  std::vector<std::pair<Array<uint8_t>, py::object>> parts;
+  std::vector<std::pair<Array<uint8_t>, py::object>> parts;  // kept alive
   Format format;
   int k;
   std::vector<const uint8_t*> rows;
   bool tiles;
-  std::vector<std::pair<uintptr_t, size_t>> memory;
+  std::vector<std::pair<const uint8_t*, size_t>> bytes;  // of the parts
 };
 
-// All in one call: a thread that comes back for the interpreter after each would wait for whoever has it by then. Each
-// with its first bad row or -1; none follows a bad one.
-std::vector<std::pair<PackedMatrix, int>> pack_weights(Executor& e, const std::vector<const FileMatrix*>& matrices,
-                                                       bool mapped) {
-  std::vector<std::pair<PackedMatrix, int>> result;
-  py::gil_scoped_release release;
-  for (const FileMatrix* m : matrices) {
-    int bad = -1;
-    PackedMatrix packed = e.pack(m->rows, m->format, m->k, m->tiles, &bad);
-    result.emplace_back(packed, bad);
-    if (bad >= 0) break;
-    if (mapped) m->drop_pages();
+// Gives back the pages of `mapping`, a file's, that hold a packed matrix: they are read again if touched. Pages shared
+// with a neighbour go too.
+void drop_pages(const FileMatrix& m, std::pair<const uint8_t*, size_t> mapping) {
+  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)mapping.first, end = begin + mapping.second;
+  for (const auto& [data, size] : m.bytes) {
+    const uintptr_t at = (uintptr_t)data;
+    if (at >= begin && at + size <= end) madvise((void*)(at / page * page), at % page + size, MADV_DONTNEED);
   }
-  return result;
+}
+
+// Packs all matrices in one call: a thread that came back for the interpreter after each would wait for whoever has it
+// by then. Also returns which is the first that holds NaN or infinity, or -1, and why the first behind the last that
+// is returned is refused, or None.
+py::tuple pack_weights(Executor& e, const std::vector<const FileMatrix*>& matrices,
+                       const std::optional<Array<uint8_t>>& mapped) {
+  std::vector<PackedMatrix> packed;
+  std::optional<std::string> refusal;
+  int damaged = -1;
+  std::pair<const uint8_t*, size_t> mapping;
+  if (mapped) mapping = {mapped->data(), (size_t)mapped->size()};
+  {
+    py::gil_scoped_release release;
+    for (const FileMatrix* m : matrices) {
+      try {
+        int bad_row = -1;
+        packed.push_back(e.pack(m->rows, m->format, m->k, m->tiles, &bad_row));
+        if (bad_row >= 0 && damaged < 0) damaged = (int)packed.size() - 1;
+      } catch (const std::invalid_argument& error) {
+        refusal = error.what();
+        break;
+      }
+      if (mapping.first) drop_pages(*m, mapping);
+    }
+  }
+  return py::make_tuple(packed, damaged, refusal);
 }
 
 template <class T>
@@ -380,7 +393,7 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<std::vector<std::pair<Array<uint8_t>, py::object>>, std::string, int, int, bool>());
   py::class_<Executor> executor(m, "Executor");
   executor.def(py::init(&make_executor))
-      .def("pack", &pack_weights)
+      .def("pack", &pack_weights, py::arg("matrices"), py::arg("mapped") = py::none())
       .def("set_logits", [](Executor& e, Place p) { e.set_logits(buffer_of(p)); })
       .def("set_head", &Executor::set_head)
       .def("launch", &launch)

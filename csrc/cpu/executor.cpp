@@ -184,12 +184,12 @@ void Executor::update_block_tables(const BatchView& b) {
     block_tables_[(size_t)u[0] * config_.max_blocks_per_slot + u[1]] = u[2];
     last = std::max(last, u[2]);
   }
-  cache_ahead_->begin((size_t)(last + 1) * step_.cache.block_bytes);
   for (int r = 0; r < b.requests; r++) {
     const int32_t* table = &block_tables_[(size_t)b.slots[r] * config_.max_blocks_per_slot];
     for (int i = 0; i <= (b.context_lens[r] - 1) / kBlock; i++)
       if (table[i] < 0) refuse("a request's context reaches past its block table");
   }
+  cache_ahead_->begin((size_t)(last + 1) * step_.cache.block_bytes);
 }
 
 void Executor::extend_rope(int positions) {

@@ -1,6 +1,8 @@
 #include "memory.h"
 
-#include <sched.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <system_error>
@@ -10,55 +12,57 @@ namespace {
 
 constexpr size_t kMost = (size_t)128 << 20;
 constexpr size_t kHugePage = (size_t)2 << 20;
-constexpr size_t kStop = SIZE_MAX;
+constexpr auto kQuiet = std::chrono::milliseconds(20);
+constexpr int kNice = 10;  // of 19: a step goes first, and what holds the process's memory map is not left waiting
 constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers lack; contents stay
 
 }  // namespace
 
 PagesAhead::~PagesAhead() {
   if (!thread_.joinable()) return;
-  wanted_.store(kStop);
-  wanted_.notify_one();
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  changed_.notify_one();
   thread_.join();
 }
 
 void PagesAhead::begin(size_t bytes) {
-  running_.store(true);
-  const size_t wanted = std::min(size_, bytes + std::max(least_, std::min(bytes, kMost)));
-  if (wanted <= asked_) return;
-  asked_ = wanted;
-  wanted_.store(wanted);
-  if (thread_.joinable()) {
-    wanted_.notify_one();
-    return;
-  }
+  std::lock_guard lock(mutex_);
+  running_ = true;
+  wanted_ = std::max(wanted_, std::min(size_, bytes + std::max(least_, std::min(bytes, kMost))));
+  if (thread_.joinable() || ready_ >= wanted_) return;
   try {
     thread_ = std::thread([this] { work(); });
-  } catch (const std::system_error&) {  // pages come as they are touched, then
-    asked_ = size_;
+  } catch (const std::system_error&) {
+    ready_ = SIZE_MAX;  // pages come as they are touched, then
   }
 }
 
 void PagesAhead::end() {
-  ended_.store(Clock::now());
-  running_.store(false);
+  std::lock_guard lock(mutex_);
+  running_ = false;
+  ended_ = Clock::now();
+  if (waits_for_end_ && ready_ < wanted_) changed_.notify_one();
 }
 
-bool PagesAhead::quiet() const { return !running_.load() && Clock::now() - ended_.load() >= kQuiet; }
-
 void PagesAhead::work() {
-  const sched_param none{};
-  if (sched_setscheduler(0, SCHED_IDLE, &none) != 0) return;
-  size_t ready = 0;
-  for (size_t wanted; (wanted = wanted_.load()) != kStop;) {
-    if (ready >= wanted) {
-      wanted_.wait(wanted);
-    } else if (!quiet()) {
-      std::this_thread::sleep_for(kQuiet);
+  setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), kNice);  // on Linux a thread's own; nothing hangs on it
+  std::unique_lock lock(mutex_);
+  while (!stop_) {
+    if (running_ || ready_ >= wanted_) {
+      waits_for_end_ = true;
+      changed_.wait(lock);
+      waits_for_end_ = false;
+    } else if (const auto due = ended_ + kQuiet; Clock::now() < due) {
+      changed_.wait_until(lock, due);
     } else {
-      const size_t upto = std::min(size_, round_up((uintptr_t)data_ + ready + 1, kHugePage) - (uintptr_t)data_);
-      if (madvise(data_ + ready, upto - ready, kPopulateWrite) != 0) return;  // before Linux 5.14
-      ready = upto;
+      const size_t upto = std::min(size_, round_up((uintptr_t)data_ + ready_ + 1, kHugePage) - (uintptr_t)data_);
+      lock.unlock();
+      const bool done = madvise(data_ + ready_, upto - ready_, kPopulateWrite) == 0;
+      lock.lock();
+      ready_ = done ? upto : SIZE_MAX;  // no memory is left, or this is before Linux 5.14
     }
   }
 }

@@ -3,10 +3,11 @@
 
 #include <sys/mman.h>
 
-#include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <new>
 #include <thread>
 #include <utility>
@@ -45,13 +46,12 @@ class Region {
   size_t bytes_ = 0;
 };
 
-// Pages of a region that is used from its start on, had from the kernel before they are needed. In a virtual machine a
-// page that no process has had before can cost milliseconds, which a lone prompt would wait for: its cache blocks are
+// Fetches pages of a region that is used from its start on from the kernel before they are needed. In a virtual machine
+// a page that no process has had before can cost milliseconds, which a lone prompt would wait for: its cache blocks are
 // all new. As many bytes are kept ready as are in use, as in a growing vector: at most kMost, at least `least`.
 //
-// A thread of its own has them, which runs only where nothing else wants the core, and only while no step has run for
-// kQuiet: a core that has a huge page zeroed is lost to a step that begins then for up to as long as that takes, and a
-// stream of steps would pay that at each.
+// A thread of its own does it, a huge page at a time, once no step has run for kQuiet: a core that has a page zeroed is
+// lost for as long to a step that begins meanwhile, and a stream of steps would pay for that at each.
 class PagesAhead {
  public:
   PagesAhead(const Region& region, size_t least) : data_(region.data()), size_(region.size()), least_(least) {}
@@ -59,23 +59,22 @@ class PagesAhead {
   PagesAhead(const PagesAhead&) = delete;
   PagesAhead& operator=(const PagesAhead&) = delete;
 
-  // By one thread: a step begins, with which the first `bytes` of the region are in use; the step has ended.
+  // Calls come one at a time. A step begins, with which the first `bytes` of the region are in use; the step has ended.
   void begin(size_t bytes);
   void end();
 
  private:
   using Clock = std::chrono::steady_clock;
-  static constexpr auto kQuiet = std::chrono::milliseconds(20);
 
   void work();
-  bool quiet() const;
 
   uint8_t* const data_;
   const size_t size_, least_;
-  size_t asked_ = 0;
-  std::atomic<size_t> wanted_{0};
-  std::atomic<bool> running_{false};
-  std::atomic<Clock::time_point> ended_{};
+  std::mutex mutex_;  // of what follows
+  std::condition_variable changed_;
+  size_t wanted_ = 0, ready_ = 0;
+  bool running_ = false, waits_for_end_ = false, stop_ = false;
+  Clock::time_point ended_;
   std::thread thread_;
 };
 

@@ -74,8 +74,7 @@ def load_runtime(config: EngineConfig) -> Runtime:
     Raises ModelFileError, UnsupportedError or ConfigError, the last also when there is not enough memory.
     """
     try:
-        with _nothing_collected():
-            return _load(config)
+        return _load(config)
     except MemoryError:
         raise ConfigError(
             f"there is not enough memory for max_num_batched_tokens {config.max_num_batched_tokens}, max_num_seqs "
@@ -85,11 +84,11 @@ def load_runtime(config: EngineConfig) -> Runtime:
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """A vocabulary is a hundred thousand objects, none of them garbage: the collector would go through them, a tenth of
-    the time, again and again."""
+    """A vocabulary is a hundred thousand objects, none of them garbage: the collector would spend a tenth of the time
+    on going through them."""
     collects = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if collects:
@@ -98,17 +97,19 @@ def _nothing_collected() -> Iterator[None]:
 
 def _load(config: EngineConfig) -> Runtime:
     start = time.perf_counter()
-    model = load_model(resolve(config.model))
+    with _nothing_collected():
+        model = load_model(resolve(config.model))
     max_len = config.model_len(model.config.context_length)
     num_blocks = None
     if not config.fills_the_gpu:
         num_blocks = config.pool_blocks(model.config.context_length, _block_bytes(config, model))
         if num_blocks * config.block_size < 2:
             raise ConfigError("num_kv_blocks must hold at least 2 tokens: raise it or block_size")
-    plan, build = plan_executor(config, model, max_len, num_blocks)
-    packing = _Background(build)
     with _naming(model.file.path):
-        tokenizer, detokenizer = _make_tokenizer(model)
+        plan, build = plan_executor(config, model, max_len, num_blocks)
+        packing = _Background(build)
+        with _nothing_collected():
+            tokenizer, detokenizer = _make_tokenizer(model)
         executor = packing.result()
     limits = EngineLimits(
         max_requests=config.max_num_seqs,
@@ -208,7 +209,7 @@ def plan_executor(
     plan = compile(graph, plan_target(kv_dtype, config.isa, activation_dtype(config)))
     sizes |= {"threads": config.threads, "isa": config.isa}
     # A packed weight's pages in the file are not read again: they are given back as packing goes on.
-    return plan, lambda: CpuExecutor(plan, model.weights, mapped=True, **sizes)
+    return plan, lambda: CpuExecutor(plan, model.weights, mapped=model.file.mapped, **sizes)
 
 
 def _plan_cuda_executor(
@@ -264,6 +265,10 @@ class _Background(Generic[T]):
 
     def result(self) -> T:
         self._thread.join()
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame, and the frame all that was loaded
         return self._values[0]

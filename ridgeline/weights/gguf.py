@@ -30,7 +30,8 @@ class GGUFFile:
         size: its bytes.
         version: GGUF version, 2 or 3.
         metadata: key -> int, float, bool, str, or list of these.
-        tensors: name -> WeightTensor, in file order; ``data`` views the mapped file.
+        mapped: all of its bytes, as they are mapped; None once closed.
+        tensors: name -> WeightTensor, in file order; ``data`` views ``mapped``.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -45,7 +46,8 @@ class GGUFFile:
             raise
         self.version = header.version
         self.metadata: dict[str, Any] = header.metadata
-        whole: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
+        self.mapped: npt.NDArray[np.uint8] | None = np.frombuffer(self._map, dtype=np.uint8)
+        whole = self.mapped
         self.tensors: dict[str, WeightTensor] = {
             info.name: WeightTensor(info.name, info.shape, info.format, whole[info.offset : info.offset + info.nbytes])
             for info in header.tensors
@@ -53,7 +55,7 @@ class GGUFFile:
 
     def close(self) -> None:
         """Forget the tensors and unmap the file; views still held elsewhere keep the mapping alive."""
-        self.tensors = {}
+        self.tensors, self.mapped = {}, None
         try:
             self._map.close()
         except BufferError:

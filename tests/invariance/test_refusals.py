@@ -91,6 +91,15 @@ def test_head_sizes_without_a_kernel_are_refused(head_dim: int) -> None:
         CpuExecutor(plan, weights, num_slots=1, num_blocks=[2], max_blocks_per_slot=2)
 
 
+def test_a_plan_for_tiles_is_refused_where_there_are_none() -> None:
+    weights = random_weights(config(head_dim=32), "q4_1")
+    formats = {n: w.tensor.format for n, w in weights.items()}
+    graph = llama.build(config(head_dim=32), formats, max_tokens=8, max_rows=8, kv_dtype="bf16", block_size=16)
+    plan = compile(graph, plan_target("bf16", "amx"))
+    with pytest.raises(UnsupportedError, match="token_embd.weight: .* generic multiplies quantized weights by int8"):
+        CpuExecutor(plan, weights, num_slots=1, num_blocks=[2], max_blocks_per_slot=2, isa="generic")
+
+
 def test_options_that_cannot_work_are_refused() -> None:
     weights = random_weights(config(head_dim=32), "q8_0")
     with pytest.raises(ConfigError, match="16 tokens"):

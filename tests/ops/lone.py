@@ -116,8 +116,8 @@ class NativeGraph:
         assert config["vocab"] * 4 <= SLACK
         self.native = _native.Executor(config)
         wanted = packings(plan)
-        packed = self.native.pack([file_matrix(value, tiles, weights) for value, tiles, _ in wanted], False)
-        matrices = {(w.value.name, role): m for w, (m, _) in zip(wanted, packed, strict=True) for role in w.roles}
+        packed, *_ = self.native.pack([file_matrix(w.value, w.tiles, weights) for w in wanted])
+        matrices = {(w.value.name, role): m for w, m in zip(wanted, packed, strict=True) for role in w.roles}
         Lowering(plan, self.native, matrices, weights).run()
 
     def launch(self, batch: Batch) -> None:

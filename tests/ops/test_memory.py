@@ -1,23 +1,28 @@
-"""An executor's memory: pages of a file that it has packed it gives back, those its cache will need it has ready."""
+"""An executor's memory: what it packed it gives back to the file, what its cache will need is ready."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from graph.small_llama import Driver, config, random_weights
 
 from ridgeline.backends.cpu.executor import CpuExecutor
 from ridgeline.backends.cpu.lowering import plan_target
+from ridgeline.core.types import TokenMasks
 from ridgeline.graph.plan import compile
 from ridgeline.models import llama
 from ridgeline.models.load import load_model
 
 MIB = 1 << 20
 BLOCKS = 40_000
+IN_USE = 32 * MIB
+KERNEL = tuple(int(n) for n in os.uname().release.split(".")[:2])
 
 
 def resident() -> int:
@@ -25,40 +30,61 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def settled() -> int:
-    """``resident`` once it has stood still for a while."""
-    before, still = resident(), 0
-    while still < 15:
+def grown(before: int, least: int) -> int:
+    """Bytes in memory beyond ``before``, once they are ``least`` and have stood still, or after ten seconds."""
+    now, still, deadline = resident() - before, 0, time.monotonic() + 10
+    while (still < 15 or now < least) and time.monotonic() < deadline:
         time.sleep(0.02)
-        now = resident()
-        still = 0 if now > before else still + 1
-        before = now
-    return before
+        last, now = now, resident() - before
+        still = 0 if now > last else still + 1
+    return now
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_an_idle_executor_has_as_much_cache_ready_as_is_in_use(threads: int) -> None:
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def driver(request: pytest.FixtureRequest) -> Driver:
+    """Of an executor whose cache, of 40,000 blocks, nothing has touched."""
     weights = random_weights(config(head_dim=64), "q8_0")
     graph = llama.build(
         config(head_dim=64), {n: w.tensor.format for n, w in weights.items()},
         max_tokens=32, max_rows=8, kv_dtype="bf16", block_size=16,
     )  # fmt: skip
     plan = compile(graph, plan_target("bf16", None))
-    executor = CpuExecutor(plan, weights, num_slots=2, num_blocks=[BLOCKS], max_blocks_per_slot=2, threads=threads)
-    driver = Driver(executor, BLOCKS, block_size=16)
+    sizes = {"num_slots": 2, "num_blocks": [BLOCKS], "max_blocks_per_slot": 2}
+    driver = Driver(CpuExecutor(plan, weights, threads=request.param, **sizes), BLOCKS, block_size=16)
     block_bytes = plan.caches[0].bytes_per_token * 16
-    in_use = 32 * MIB  # as the pool hands blocks out: from the lowest on
-    before = settled()
-    driver.free = [in_use // block_bytes - 1, 0]
+    driver.free = [IN_USE // block_bytes - 1, 0]  # as the pool hands blocks out: from the lowest on
+    return driver
+
+
+@pytest.mark.skipif(KERNEL < (5, 14), reason="MADV_POPULATE_WRITE needs Linux 5.14")
+def test_an_idle_executor_has_as_much_cache_ready_as_is_in_use(driver: Driver) -> None:
+    before = resident()
+    assert grown(before, 0) < MIB, "nothing is fetched before the first step"
     driver.step([(0, [1])])
     driver.step([(1, [2])])
-    grown = settled() - before
-    if grown < in_use / 2 and tuple(map(int, Path("/proc/sys/kernel/osrelease").read_text().split(".")[:2])) < (5, 14):
-        pytest.skip("MADV_POPULATE_WRITE needs Linux 5.14")
-    assert 2 * in_use - 4 * MIB < grown < 2 * in_use + 8 * MIB
+    assert 2 * IN_USE - 4 * MIB < grown(before, 2 * IN_USE - 4 * MIB) < 2 * IN_USE + 8 * MIB
     output, logits = driver.step([(0, [3]), (1, [4])])
     assert len(output.token_ids) == 2
     assert (logits == logits).all()
+
+
+@pytest.mark.skipif(KERNEL < (5, 14), reason="MADV_POPULATE_WRITE needs Linux 5.14")
+def test_nothing_is_fetched_while_a_step_is_open(driver: Driver) -> None:
+    driver.step([(0, [1])])
+    batch = driver.batch([(1, [2])])
+    batch.sampling["masked"] = 1  # waits for its masks
+    before = resident()
+    ticket = driver.executor.launch(batch)
+    assert grown(before, 0) < 8 * MIB
+    words = -(-config(head_dim=64).vocab_size // 32)
+    driver.executor.finish(ticket, TokenMasks(np.full((1, words), 0xFFFFFFFF, np.uint32)))
+    assert grown(before, IN_USE) > IN_USE
+
+
+def test_an_executor_ends_in_the_middle_of_fetching(driver: Driver) -> None:
+    driver.step([(0, [1])])
+    time.sleep(0.03)
+    del driver
 
 
 def of_file(path: Path) -> int:
@@ -67,11 +93,32 @@ def of_file(path: Path) -> int:
     return sum(1024 * int(m.split("Rss:")[1].split()[0]) for m in mappings if str(path) in m.split("\n")[0])
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_pages_of_a_mapped_file_are_given_back_as_they_are_packed(smollm2_path: Path, mapped: bool) -> None:
-    model = load_model(smollm2_path)
+@pytest.mark.parametrize("given_back", [False, True])
+def test_pages_of_a_mapped_file_are_given_back_as_they_are_packed(
+    smollm2_path: Path, tmp_path: Path, given_back: bool
+) -> None:
+    path = tmp_path / "model.gguf"  # a mapping of its own
+    shutil.copy(smollm2_path, path)
+    model = load_model(path)
     plan = compile(model.graph(32, 1, "bf16", 16), plan_target("bf16", None))
+    mapped = model.file.mapped if given_back else None
     CpuExecutor(plan, model.weights, num_slots=1, num_blocks=[2], max_blocks_per_slot=2, threads=2, mapped=mapped)
-    assert (of_file(smollm2_path) < model.file.size / 10) is mapped
-    assert bytes(model.file.tensors["token_embd.weight"].data[:4]) != bytes(4)  # they come back when touched
-    model.file.close()
+    assert (of_file(path) < model.file.size / 10) is given_back
+    embedding = model.file.tensors["token_embd.weight"].data
+    assert bytes(embedding[:64]) != bytes(64)  # they come back when touched
+
+
+def test_only_pages_of_the_mapped_file_are_given_back() -> None:
+    weights = random_weights(config(head_dim=64), "q8_0")
+    for weight in weights.values():
+        weight.tensor.data.flags.writeable = False
+    copies = {name: weight.tensor.data.copy() for name, weight in weights.items()}
+    graph = llama.build(
+        config(head_dim=64), {n: w.tensor.format for n, w in weights.items()},
+        max_tokens=32, max_rows=8, kv_dtype="bf16", block_size=16,
+    )  # fmt: skip
+    sizes = {"num_slots": 2, "num_blocks": [4], "max_blocks_per_slot": 2}
+    other = np.zeros(4096, np.uint8)
+    CpuExecutor(compile(graph, plan_target("bf16", None)), weights, threads=2, mapped=other, **sizes)
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(weight.tensor.data, copies[name])

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ridgeline.backends.cpu import _native
 from ridgeline.backends.cpu.lowering import Lowering, damaged, file_matrix, packed_weight_bytes, packings
 from ridgeline.core.errors import ConfigError, RidgelineError, UnsupportedError
 from ridgeline.core.types import Batch, Float32, StepOutput, Ticket, TokenMasks
-from ridgeline.graph.ir import bound
+from ridgeline.graph.ir import Value, bound
 from ridgeline.graph.plan import Plan
 from ridgeline.weights.tensor import WeightTensor
 
@@ -58,7 +59,7 @@ class CpuExecutor:
         max_blocks_per_slot: int,
         threads: int | None = None,
         isa: str | None = None,
-        mapped: bool = False,
+        mapped: npt.NDArray[np.uint8] | None = None,
     ) -> None:
         """Allocates the cache and packs the weights.
 
@@ -70,11 +71,11 @@ class CpuExecutor:
             max_blocks_per_slot: most blocks of one request.
             threads: size of the team; None takes what affinity and cgroup allow.
             isa: "amx", "avx512", "avx2" or "generic"; None takes the best this processor has.
-            mapped: the weights view a mapped file, whose pages are given back as they are packed.
+            mapped: the mapped file that the weights view: its pages are given back as they are packed.
 
         Raises:
             ConfigError: an instruction set this machine lacks, or a block size the kernels do not have.
-            UnsupportedError: an operator, format or head size without a native kernel.
+            UnsupportedError: an operator, format, head size or layout of weights without a native kernel.
             ModelFileError: a weight that holds NaN or infinity, by name.
         """
         if len(plan.caches) != 1 or plan.caches[0].kind != "full":
@@ -104,16 +105,18 @@ class CpuExecutor:
         self._count = 0
 
     def _pack(
-        self, plan: Plan, weights: Mapping[str, StoredWeight], mapped: bool
+        self, plan: Plan, weights: Mapping[str, StoredWeight], mapped: npt.NDArray[np.uint8] | None
     ) -> dict[tuple[str, bool], _native.PackedMatrix]:
         """Packs every matrix of the plan, in the order the plan reads them."""
         wanted = packings(plan)
-        packed = self.native.pack([file_matrix(value, tiles, weights) for value, tiles, _ in wanted], mapped)
-        matrix, bad = packed[-1]
-        if bad >= 0:
-            raise damaged([weights[name].tensor.name for name in wanted[len(packed) - 1].value.info.parts])
-        pairs = zip(wanted, packed, strict=True)
-        return {(want.value.name, role): matrix for want, (matrix, _) in pairs for role in want.roles}
+        packed, first_damaged, refusal = self.native.pack(
+            [file_matrix(w.value, w.tiles, weights) for w in wanted], mapped
+        )
+        if first_damaged >= 0:
+            raise damaged(_tensors(wanted[first_damaged].value, weights))
+        if refusal is not None:
+            raise UnsupportedError(f"{', '.join(_tensors(wanted[len(packed)].value, weights))}: {refusal}")
+        return {(w.value.name, role): matrix for w, matrix in zip(wanted, packed, strict=True) for role in w.roles}
 
     @property
     def last_logits(self) -> Float32:
@@ -156,6 +159,11 @@ class CpuExecutor:
             return StepOutput(*self.native.finish(None if masks is None else masks.bits))
         except ValueError as error:
             raise RidgelineError(str(error)) from None
+
+
+def _tensors(value: Value, weights: Mapping[str, StoredWeight]) -> list[str]:
+    """The names in the file of what a matrix is made of."""
+    return [weights[name].tensor.name for name in value.info.parts]
 
 
 def _geometry(plan: Plan) -> dict[str, Any]:
