@@ -270,6 +270,8 @@ def main() -> int:
         print(f"not there: {', '.join(gpu_peers.missing())}; python bench/gpu_field.py --install", file=sys.stderr)
         return 2
     names = [o.name for o in operators() if args.op.lower() in o.name.lower()]
+    if not names:
+        parser.error(f"no operator is called {args.op!r}: there are {', '.join(o.name for o in operators())}")
     # Peers look up their device once: processes of their own for each architecture.
     runs = [in_process(compare, [(name, arch) for name in names], args.jobs) for arch in args.arch or ARCHS]
     results: list[Measured] = [m for found in chain(*runs) for m in found]

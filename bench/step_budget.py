@@ -29,6 +29,17 @@ BLOCK = 16
 PREFILL = 512  # tokens of a step that only fills the cache
 
 
+def shapes_of(text: str) -> list[int]:
+    """The numbers of a list with commas."""
+    try:
+        shapes = [int(s) for s in text.split(",")]
+    except ValueError:
+        shapes = [0]
+    if min(shapes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers from 1 on, such as 1,8,32")
+    return shapes
+
+
 def make_batch(slots: list[int], first: int, each: int, tables: np.ndarray, vocab: int, seed: int) -> Batch:
     """A request for each slot with tokens at positions ``first`` to ``first + each``.
 
@@ -92,16 +103,16 @@ def main() -> None:
     parser.add_argument("--isa", default=None)
     parser.add_argument("--activation-dtype", default="auto", choices=ACTIVATION_DTYPES)
     parser.add_argument("--kv-dtype", default="bf16")
-    parser.add_argument("--shapes", default="1,8,32,512")
+    parser.add_argument("--shapes", default="1,8,32,512", type=shapes_of)
     parser.add_argument("--context", type=int, default=192)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--scatter", action="store_true", help="blocks at random places, as after hours of serving")
     args = parser.parse_args()
     model = load_model(args.model)
     target = plan_target(args.kv_dtype, args.isa, args.activation_dtype)
-    shapes = [int(s) for s in args.shapes.split(",")]
+    shapes = args.shapes
     longest = max(PREFILL, args.context, *shapes)
-    if min(shapes) < 1 or args.context < 1 or longest > model.config.context_length:
+    if args.context < 1 or longest > model.config.context_length:
         parser.error(f"shapes and context must be from 1 to the model's context, {model.config.context_length}")
     table = -(-longest // BLOCK)
     plan = compile(model.graph(max(PREFILL, *shapes), DECODE_AT_MOST, args.kv_dtype, BLOCK), target)
