@@ -169,7 +169,8 @@ def test_options_reach_the_executor(nvtx: Recorder, monkeypatch: pytest.MonkeyPa
     config = EngineConfig(
         backend="cuda", device="emulated", nvtx=True, cuda_graphs=False, max_num_seqs=4, max_num_batched_tokens=32
     )
-    plan, runs = load._make_cuda_executor(config, stored, graph, "bf16", dict(SIZES))  # type: ignore[arg-type]
+    _, build = load._plan_cuda_executor(config, stored, graph, "bf16", dict(SIZES))  # type: ignore[arg-type]
+    runs = build()
     engine = Engine(runs, EngineLimits(2, 32, 60, 160, 16, SIZES["num_blocks"], max_sampled_rows=8))
     request = engine.make_request([1, 2], SamplingParams(temperature=0, max_tokens=1))
     engine.submit([request])
