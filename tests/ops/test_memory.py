@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -40,8 +41,7 @@ def grown(before: int, least: int) -> int:
     return now
 
 
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def driver(request: pytest.FixtureRequest) -> Driver:
+def make_driver(threads: int) -> Driver:
     """Of an executor whose cache, of 40,000 blocks, nothing has touched."""
     weights = random_weights(config(head_dim=64), "q8_0")
     graph = llama.build(
@@ -50,10 +50,16 @@ def driver(request: pytest.FixtureRequest) -> Driver:
     )  # fmt: skip
     plan = compile(graph, plan_target("bf16", None))
     sizes = {"num_slots": 2, "num_blocks": [BLOCKS], "max_blocks_per_slot": 2}
-    driver = Driver(CpuExecutor(plan, weights, threads=request.param, **sizes), BLOCKS, block_size=16)
+    driver = Driver(CpuExecutor(plan, weights, threads=threads, **sizes), BLOCKS, block_size=16)
     block_bytes = plan.caches[0].bytes_per_token * 16
     driver.free = [IN_USE // block_bytes - 1, 0]  # as the pool hands blocks out: from the lowest on
     return driver
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def driver(request: pytest.FixtureRequest) -> Driver:
+    """As ``make_driver``, for the executors' numbers of threads."""
+    return make_driver(request.param)
 
 
 @pytest.mark.skipif(KERNEL < (5, 14), reason="MADV_POPULATE_WRITE needs Linux 5.14")
@@ -81,10 +87,27 @@ def test_nothing_is_fetched_while_a_step_is_open(driver: Driver) -> None:
     assert grown(before, IN_USE) > IN_USE
 
 
-def test_an_executor_ends_in_the_middle_of_fetching(driver: Driver) -> None:
-    driver.step([(0, [1])])
-    time.sleep(0.03)
-    del driver
+def tasks() -> set[str]:
+    """This process's threads."""
+    return set(os.listdir("/proc/self/task"))
+
+
+def test_an_executor_that_ends_takes_its_threads_along() -> None:
+    """Also one that is about to fetch, or in the middle of it."""
+    for wait in (0, 0.01, 0.025, 0.04):
+        before = tasks()
+        driver = make_driver(2)
+        driver.step([(0, [1])])
+        driver.step([(1, [2])])  # 64 MiB to fetch
+        its = tasks() - before
+        assert len(its) == 2  # a worker of the team, and who fetches
+        time.sleep(wait)
+        del driver
+        gc.collect()
+        deadline = time.monotonic() + 10  # a thread that was waited for is listed for a moment yet
+        while tasks() & its and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert not tasks() & its
 
 
 def of_file(path: Path) -> int:
