@@ -67,9 +67,9 @@ class Operator:
     shapes: tuple[int, ...] = ROWS
     kind: str = "bf16"
 
-    def shape(self, rows: int, launches: list[Launch]) -> CardShape:
-        """As the prediction takes it: the same operations and bytes, whoever computes them."""
-        return CardShape(f"M={rows}", launches, self.operations(rows), self.moved(rows))
+    def shape(self, rows: int, launches: list[Launch], padded: float) -> CardShape:
+        """As the prediction takes it: the same operations and bytes, whoever computes them, and what fills up tiles."""
+        return CardShape(f"M={rows}", launches, self.operations(rows), self.moved(rows), padded=padded or None)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

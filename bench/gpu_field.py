@@ -88,13 +88,15 @@ def runs_of(operator: Operator, side: Peer, launch: Launch, rows: int) -> tuple[
 
 
 def tma_bytes(launch: Launch, operations: float) -> float:
-    """Bytes that a product's descriptors bring to shared memory: a box of each for every step of a tile; of codes, one
-    for as many steps as share their bytes."""
+    """Bytes that a product's descriptors bring to shared memory: a box of each for every step of a tile."""
     meta = launch.config.meta
     rows, columns, depth = (meta[next(n for n in names if n in meta)] for names in BLOCKS)
     boxes = {name: t for name, t in launch.args.items() if isinstance(t, TensorDescriptor)}
     sizes = {name: math.prod(t.block_shape) * t.base.element_size() for name, t in boxes.items()}
-    step = sum(size * (meta["BITS"] / 8 if name == "w" and "BITS" in meta else 1) for name, size in sizes.items())
+    if "BITS" in meta:  # a box of x is as deep as the codes that lie in the same words
+        depth = boxes["x"].block_shape[1]
+        sizes["w"] = columns * depth * meta["BITS"] // 8
+    step = sum(sizes.values())
     if meta.get("SPECIALIZE"):  # descriptors that the program makes itself
         step = (rows + columns) * depth * launch.args["x"].element_size()
     return operations / (2.0 * rows * columns * depth) * step
@@ -104,7 +106,7 @@ def measure(operator: Operator, side: Peer, arch: str, rows: int, launches: list
     """Compiles and counts; raises RidgelineError where it does not compile."""
     result = Measured(operator.name, arch, rows, side.name, describe(launches[0]))
     cards: list[Card] = []
-    issues = traffic = 0.0
+    issues = traffic = padded = 0.0
     for place, launch in enumerate(launches):
         binary = compile_launch(launch, arch)
         card = card_of(binary)
@@ -119,6 +121,7 @@ def measure(operator: Operator, side: Peer, arch: str, rows: int, launches: list
         traffic += moved(binary.sass, card.num_warps, runs)
         if "UTMALDG" in card.copies:
             traffic += tma_bytes(launch, runs.operations)
+        padded = max(padded, runs.operations)
         if place == 0:
             result.shared_per_output = card.shared_bytes / tile
     first = cards[0]
@@ -128,7 +131,7 @@ def measure(operator: Operator, side: Peer, arch: str, rows: int, launches: list
     result.shared, result.occupancy = first.shared_bytes, first.occupancy
     result.tensor = " ".join(sorted({base(op) for op in first.tensor})) or "-"
     result.copies = " ".join(sorted(first.copies)) or "-"
-    result.share = predict(operator.shape(rows, launches), cards, operator.kind).roofline_share
+    result.share = predict(operator.shape(rows, launches, padded), cards, operator.kind).roofline_share
     return result
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ridgeline.backends.cuda.kernels.linear_quantized import pack
+from ridgeline.backends.cuda.codes import pack, pack_scales
 from ridgeline.weights.awq import unpack_awq
 from ridgeline.weights.gptq import unpack_gptq
 from tests import packers
@@ -43,7 +43,6 @@ class Codes:
 
     packed: torch.Tensor
     scales: torch.Tensor
-    offsets: torch.Tensor | None
     numbers: np.ndarray
     how: dict[str, Any]
     order: torch.Tensor | None = None
@@ -99,7 +98,7 @@ class Codes:
         how: dict[str, Any],
         order: torch.Tensor | None = None,
     ) -> Codes:
-        whole = torch.from_numpy(codes)
-        packed, turned = pack(whole, torch.from_numpy(scales), how["group"], how["bits"])
-        added = None if offsets is None else pack(whole, torch.from_numpy(offsets), how["group"], how["bits"])[1]
-        return cls(packed, turned, added, numbers, how, order)
+        k, form = codes.shape[1], (how["group"], how["bits"])
+        added = None if offsets is None else torch.from_numpy(offsets)
+        words = pack_scales(torch.from_numpy(scales), added, k, *form, how["offset"])
+        return cls(pack(torch.from_numpy(codes), *form), words, numbers, how, order)

@@ -114,7 +114,6 @@ REASONS: dict[str, list[Key]] = {
             "accumulate(x, w, row, column, first, min(first + length, steps), M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SPECIALIZE, SWAP, TMA, EVEN_K)",
         ),
     ],
-    "a tile of two parts is loaded for either of them": [("linear_quantized", "_sum", "2 in part % 2", "1")],
     "counters + tile = tile + counters": [
         ("linear", "linear_kernel", "arrive(counters, tile, SPLIT)", "arrive(tile, counters, SPLIT)"),
         ("linear_fp8", "linear_fp8_kernel", "arrive(counters, tile, SPLIT)", "arrive(tile, counters, SPLIT)"),

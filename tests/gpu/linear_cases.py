@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from ridgeline.backends.cuda.codes import STORED
 from ridgeline.backends.cuda.gemm import Epilogue, Scratch
 from ridgeline.backends.cuda.kernels.gather import gather_columns, gather_quantized
 from ridgeline.backends.cuda.kernels.linear import linear, linear_scratch
@@ -67,11 +68,13 @@ def _fits(case: RowCase) -> bool:
 EVERYTHING = ("bias", "silu_mul", "residual")
 
 
-def _whole_steps(op: str, kinds: tuple[str, ...]) -> list[LinearCase]:
+def _of_models(op: str, kinds: tuple[str, ...], widths: tuple[int, ...] = (1024, 128)) -> list[LinearCase]:
     """Whole steps of K, in parts and not, by every tile: what a model's products are."""
-    sizes = ((2, 1024), (2, 128), (40, 1024), (40, 128), (80, 1024), (80, 128))
     gated = ((), ("silu_mul",))
-    return [LinearCase(op, m, 64, k, kind, "bf16", after) for kind in kinds for m, k in sizes for after in gated]
+    return [
+        LinearCase(op, m, 64, k, kind, "bf16", after)
+        for kind in kinds for m in (2, 12, 40, 80) for k in widths for after in gated
+    ]  # fmt: skip
 
 
 def _floats() -> list[LinearCase]:
@@ -80,7 +83,7 @@ def _floats() -> list[LinearCase]:
     for after in (("bias",), ("residual",), ("bias", "residual"), ("silu_mul", "residual"), EVERYTHING):
         cases += [LinearCase("linear", rows, 160, 64, "bf16", out, after) for rows, out in ((2, "f32"), (70, "bf16"))]
     cases += [LinearCase("linear", 5, 33, k, "bf16", "bf16") for k in (1, 7, 8, 33, 63, 64, 65)]
-    cases += _whole_steps("linear", ("bf16",))
+    cases += _of_models("linear", ("bf16",))
     # Fewer programs than tiles, or than parts of tiles: each takes several.
     cases += [LinearCase("linear", rows, 200, 520, "bf16", "bf16", (), 3) for rows in (2, 40, 130)]
     return cases
@@ -117,7 +120,9 @@ CASES: list[RowCase | LinearCase] = [
     *_narrow("linear_fp8", ("tensor", "row", "block")),
     *_narrow("linear_quantized", KINDS[:7]),
     *_codes_above(),
-    *_whole_steps("linear_quantized", ("4-32-middle", "4-32-minimum", "8-32-middle")),
+    *_of_models(
+        "linear_quantized", ("4-32-middle", "4-32-minimum", "8-32-middle"), (1024, 128, 192)
+    ),  # 192: one and a half
     *(LinearCase("linear_quantized", m, 48, 384, kind, "bf16") for kind in FILES for m in (2, 70)),
     *(LinearCase("gather", 5, 40, k, kind, "bf16") for kind in KINDS for k in (96, 1100)),
     *(LinearCase("gather", 3, 40, k, "columns", out) for k, out in ((100, "bf16"), (1100, "f32"))),
@@ -274,15 +279,13 @@ def _fp8_numbers(
 
 def _quantized(case: LinearCase, arch: str, rng: np.random.Generator, only: int | None) -> Climb:
     w = Codes.of(case.kind, case.n, case.k, rng)
-    dtype = "f16" if w.offsets is None else "bf16"
+    dtype = "bf16" if w.how["offset"] in STORED else "f16"
     x = tensor(_pick(numbers(rng, (case.rows, case.k)), only), dtype)
     met = x if w.order is None else torch.empty_like(x)
     after = _After(case, rng, only)
     scratch = _scratch(linear_quantized_scratch(len(x), case.n, case.k, w.how["group"], w.how["bits"]))
     launches = [] if w.order is None else gather_columns(x, w.order, met, arch=arch)
-    launches += linear_quantized(
-        met, w.packed, w.scales, after.out, arch, offsets=w.offsets, after=after.epilogue, **scratch, **w.how
-    )
+    launches += linear_quantized(met, w.packed, w.scales, after.out, arch, after=after.epilogue, **scratch, **w.how)
     truth = exact(x).astype(np.float64) @ w.numbers.T
     plain = plain_linear(exact(x), rounded(w.numbers.astype(np.float32), dtype), None)
     return Climb(launches, (after.expected(truth, plain),))
@@ -297,7 +300,7 @@ def _gathered(case: LinearCase, arch: str, rng: np.random.Generator, only: int |
     index[-1] = case.n - 1  # past whose end nothing may be read
     index = _pick(index, only)
     out = tensor(np.zeros((len(index), case.k), np.float32), case.out)
-    launches = gather_quantized(w.packed, w.scales, w.offsets, torch.from_numpy(index), out, arch=arch, **w.how)
+    launches = gather_quantized(w.packed, w.scales, torch.from_numpy(index), out, arch=arch, **w.how)
     truth = w.numbers[index]
     return Climb(launches, (Expected(out, truth, truth.astype(np.float32)),))
 

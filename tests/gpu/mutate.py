@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ from tests.mutation import allow, forget, survivors, untouched  # noqa: E402
 from tests.sim.operators import Mutant, mutants  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
+SHARED = {"linear_quantized": ("ridgeline.backends.cuda.codes",)}
+"""Modules beside an operator's own whose functions its kernels are made of, and that no other operator stands for."""
 CASE_SECONDS = 60.0  # of processor time
 
 
@@ -64,10 +67,12 @@ def dropped_keywords(module: str, source: str, names: frozenset[str]) -> Iterato
 
 def mutants_of(op: str) -> list[Mutant]:
     """Every mutant of an operator's kernels."""
-    module = f"{table.KERNELS}.{op}"
-    source = Path(str(importlib.import_module(module).__file__)).read_text()
-    names = kernels_of(source)
-    return [*mutants(module, source, names), *dropped_keywords(module, source, names)]
+    found: list[Mutant] = []
+    for module in (f"{table.KERNELS}.{op}", *SHARED.get(op, ())):
+        source = Path(str(importlib.import_module(module).__file__)).read_text()
+        names = kernels_of(source)
+        found += [*mutants(module, source, names), *dropped_keywords(module, source, names)]
+    return found
 
 
 def invariants(op: str) -> list[Callable[[], None]]:
@@ -96,7 +101,7 @@ def build_names(op: str) -> list[tuple[str, int, str]]:
 def check(mutant: Mutant, op: str, cases: Sequence[tuple[str, int, str]]) -> None:
     """Climbs every case of the operator; raises where one notices."""
     allow(CASE_SECONDS)
-    forget((table.KERNELS, "tests.gpu."))
+    forget((table.KERNELS, *chain.from_iterable(SHARED.values()), "tests.gpu."))
     importlib.import_module(mutant.module)
     from ridgeline.backends.cuda.ladder import accuracy
     from ridgeline.backends.cuda.ladder.interpret import run

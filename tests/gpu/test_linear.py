@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ridgeline.backends.cuda.codes import Offset, pack, pack_scales, packed_shapes
 from ridgeline.backends.cuda.gemm import MOST_SPLIT_ROWS, Epilogue, split_k, traffic
 from ridgeline.backends.cuda.kernels.gather import gather_columns
 from ridgeline.backends.cuda.kernels.linear import linear, linear_scratch
-from ridgeline.backends.cuda.kernels.linear_quantized import linear_quantized, pack, packed_shapes
+from ridgeline.backends.cuda.kernels.linear_quantized import linear_quantized
 from ridgeline.backends.cuda.ladder.interpret import run
 from ridgeline.backends.cuda.launch import ARCHS, cdiv
 from tests.gpu.codes import BOOK
@@ -94,16 +95,21 @@ def test_launchers_refuse_what_is_no_product() -> None:
     with pytest.raises(ValueError, match="needs scratch"):
         linear(bf16(2, 4096), bf16(48, 4096), out, "sm_90")
     assert linear_scratch(2, 48, 4096).partials > 0 == linear_scratch(MOST_SPLIT_ROWS + 1, 48, 4096).partials
-    codes, scales = (torch.empty(s, device="meta") for s in packed_shapes(48, 64, 32))
+    shapes = packed_shapes(48, 64, 32)
+    codes, scales = (
+        torch.empty(s, dtype=t, device="meta") for s, t in zip(shapes, (torch.uint8, torch.int32), strict=True)
+    )
     with pytest.raises(ValueError, match="in groups of 24"):
         linear_quantized(x, codes, scales, out, "sm_90", group=24)
     with pytest.raises(ValueError, match="codes of 3 bits"):
         linear_quantized(x, codes, scales, out, "sm_90", group=32, bits=3)
-    with pytest.raises(ValueError, match="without offsets"):
+    with pytest.raises(ValueError, match="scales are"):  # a zero of each group takes half of a word
         linear_quantized(x, codes, scales, out, "sm_90", group=32, offset="zero")
-    for offset in ("middle", "codebook"):
-        with pytest.raises(ValueError, match=f"'{offset}' with offsets"):
-            linear_quantized(x, codes, scales, out, "sm_90", group=32, offset=offset, offsets=scales)
+    with pytest.raises(ValueError, match="wanted contiguous words"):
+        linear_quantized(x, codes, scales.float(), out, "sm_90", group=32)
+    with pytest.raises(ValueError, match="words of 16 bits"):
+        odd = torch.empty(48, 65, dtype=torch.uint8, device="meta")[:, :64]
+        linear_quantized(x, odd, scales, out, "sm_90", group=32)
     with pytest.raises(ValueError, match="without a codebook"):
         linear_quantized(x, codes, scales, out, "sm_90", group=32, offset="codebook")
     with pytest.raises(ValueError, match="with a codebook"):
@@ -119,43 +125,44 @@ def test_launchers_refuse_what_is_no_product() -> None:
         gather_columns(x, torch.empty(63, dtype=torch.int32), torch.empty_like(x))
 
 
-@pytest.mark.parametrize(
-    ("bits", "group", "half", "parts"), [(5, 16, 16, 8), (5, 64, 32, 8), (6, 16, 16, 4), (6, 32, 32, 4)]
-)
-def test_five_and_six_bit_codes_lie_as_documented(bits: int, group: int, half: int, parts: int) -> None:
+LAYOUTS = [
+    (4, 16, 16, 4), (4, 32, 32, 4), (4, 128, 32, 4), (5, 16, 16, 16), (5, 64, 16, 16), (6, 16, 16, 8), (6, 32, 16, 8),
+    (8, 16, 16, 2), (8, 32, 32, 2), (8, 128, 32, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "group", "half", "parts"), LAYOUTS)
+def test_codes_lie_as_documented(bits: int, group: int, half: int, parts: int) -> None:
     codes = torch.randint(0, 1 << bits, (3, 300), dtype=torch.uint8)
-    scales = torch.rand(3, cdiv(300, group)).half()
-    packed, turned = pack(codes, scales, group, bits)
-    assert (tuple(packed.shape), tuple(turned.shape)) == packed_shapes(3, 300, group, bits)
-    assert packed.shape[1] % (bits * half * parts // 8) == 0 and (packed.shape[1] * 8 // bits - 300) < half * parts
-    padded = torch.nn.functional.pad(codes, (0, packed.shape[1] * 8 // bits - 300))
-    for k in range(padded.shape[1]):
+    packed = pack(codes, group, bits)
+    assert tuple(packed.shape) == packed_shapes(3, 300, group, bits)[0]
+    step_bytes, values = bits * half * parts // 8, packed.shape[1] * 8 // bits
+    assert packed.shape[1] % step_bytes == 0 and values - 300 < half * parts
+    padded = torch.nn.functional.pad(codes, (0, values - 300))
+    words = packed[:, 0::2].int() | packed[:, 1::2].int() << 8
+    for k in range(values):
         (step, within), j = divmod(k, parts * half), k % half
-        part = within // half
-        tiles = packed[:, step * bits * half * parts // 8 :]
-        low = tiles[:, (1 + part // 2) * half + j] >> 4 * (part % 2) & 15
+        part, tiles = within // half, words[:, step * step_bytes // 2 :]
+        if bits == 8:
+            assert torch.equal(tiles[:, j] >> 8 * part & 255, padded[:, k])
+            continue
+        low = tiles[:, ((bits > 4) + part // 4) * half + j] >> 4 * (part % 4) & 15
         above = tiles[:, j] >> part * (bits - 4) & (1 << bits - 4) - 1
         assert torch.equal(low | above << 4, padded[:, k])
-    assert torch.equal(turned[: scales.shape[1]].T, scales) and not turned[scales.shape[1] :].any()
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
-def test_eight_bit_codes_lie_as_they_are(group: int) -> None:
-    codes, scales = torch.randint(0, 256, (3, 160), dtype=torch.uint8), torch.rand(3, cdiv(160, group)).half()
-    packed, turned = pack(codes, scales, group, 8)
-    assert (tuple(packed.shape), tuple(turned.shape)) == packed_shapes(3, 160, group, 8)
-    assert torch.equal(packed[:, :160], codes) and not packed[:, 160:].any()
-    assert torch.equal(turned[: scales.shape[1]].T, scales)
-
-
-@pytest.mark.parametrize(("group", "half"), [(32, 32), (64, 64), (128, 64)])
-def test_four_bit_codes_lie_as_documented(group: int, half: int) -> None:
-    codes = torch.randint(0, 16, (3, 160), dtype=torch.uint8)
-    scales = torch.rand(3, cdiv(160, group)).half()
-    packed, turned = pack(codes, scales, group)
-    assert (tuple(packed.shape), tuple(turned.shape)) == packed_shapes(3, 160, group)
-    for k in range(160):
-        step, within = divmod(k, 2 * half)
-        byte = packed[:, step * half + within % half]
-        assert torch.equal(byte >> 4 if within >= half else byte & 15, codes[:, k])
-    assert torch.equal(turned[: scales.shape[1]].T, scales)
+@pytest.mark.parametrize("offset", ["middle", "minimum", "zero", "codebook"])
+@pytest.mark.parametrize(("bits", "group", "half", "parts"), LAYOUTS)
+def test_scales_lie_as_documented(bits: int, group: int, half: int, parts: int, offset: Offset) -> None:
+    scales, offsets = (torch.rand(3, cdiv(300, group)).half() for _ in range(2))
+    stored = offset in ("minimum", "zero")
+    words = pack_scales(scales, offsets if stored else None, 300, group, bits, offset)
+    assert tuple(words.shape) == packed_shapes(3, 300, group, bits, offset)[1] and words.dtype == torch.int32
+    halves = words.view(torch.int16).view(torch.float16).reshape(len(words), 3, 2)  # low half first
+    for g in range(2 * len(words)):
+        one = halves[g, :, 0] if stored or group >= half * parts else halves[g // 2, :, g % 2]
+        assert torch.equal(one, scales[:, g] if g < scales.shape[1] else torch.zeros(3).half())
+        if stored:
+            assert torch.equal(halves[g, :, 1], offsets[:, g] if g < scales.shape[1] else torch.zeros(3).half())
+        if g + 1 == len(words) and (stored or group >= half * parts):
+            break

@@ -149,10 +149,10 @@ def pick(table: tuple[Tile, ...], m: int, regular: bool, out: torch.Tensor, room
         roomy: or the second.
     """
     if not regular:
-        tile = table[1 if roomy and m > table[0].rows else 0]
+        tile = table[-2 if roomy and m > table[-3].rows else -3]
         return replace(tile, block_n=64, num_warps=8, num_stages=2, per_sm=1)
-    if out.stride(0) % 16 and m > table[0].rows:
-        return replace(table[1], block_n=64, num_warps=8, per_sm=1)
+    if out.stride(0) % 16 and m > table[-3].rows:
+        return replace(table[-2], block_n=64, num_warps=8, per_sm=1)
     return next(tile for tile in table if m <= tile.rows)
 
 
@@ -211,16 +211,13 @@ class Product:
         return Launch(self.kernel, grid, args, config, writes, updates)
 
 
-def operands(x: torch.Tensor, w: torch.Tensor, tile: Tile, tma: bool) -> dict[str, Any]:
-    """x and w as a kernel takes them: as tensor descriptors or as pointers, with their rows' strides."""
+def operands(x: torch.Tensor, w: torch.Tensor, tile: Tile, tma: bool, parts: int = 1) -> dict[str, Any]:
+    """x and w as a kernel takes them: descriptors, x's boxes ``parts`` * block_k wide, or pointers; rows' strides."""
     strides = {"stride_x": x.stride(0), "stride_w": w.stride(0)}
     if not tma or tile.specialize:
         return {"x": x, "w": w, **strides}
-    blocks = {"x": (x, tile.block_m), "w": (w, tile.block_n)}
-    made = {
-        name: TensorDescriptor(t, list(t.shape), list(t.stride()), [block, tile.block_k])
-        for name, (t, block) in blocks.items()
-    }
+    boxes = {"x": (x, [tile.block_m, parts * tile.block_k]), "w": (w, [tile.block_n, tile.block_k])}
+    made = {name: TensorDescriptor(t, list(t.shape), list(t.stride()), box) for name, (t, box) in boxes.items()}
     return {**made, **strides}
 
 
@@ -280,7 +277,10 @@ def llama_shapes(make: CardLaunches, arch: str, weight_bytes: float, input_bytes
             launches = make(m, n, k, Epilogue(silu_mul=gate, residual=residual), out, arch)
             moved = n * k * weight_bytes + m * k * input_bytes + m * width * (4.0 if residual is not None else 2.0)
             asked = traffic(launches[0], weight_bytes, input_bytes)
-            shapes.append(CardShape(f"{name} M={m}", launches, 2.0 * m * n * k, moved, asked))
+            padded, tile = 2.0 * k, launches[0].config.meta
+            for size, block in ((m, tile["BLOCK_M"]), (n, tile["BLOCK_N"])):
+                padded *= cdiv(size, block) * block
+            shapes.append(CardShape(f"{name} M={m}", launches, 2.0 * m * n * k, moved, asked, padded))
     return shapes
 
 

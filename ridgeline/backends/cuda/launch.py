@@ -98,6 +98,7 @@ class CardShape:
         operations: multiplies and adds that the operator needs.
         bytes_moved: bytes that must be read and written at least once.
         traffic: bytes that the loads and stores of all programs ask for, re-reads included; None: ``bytes_moved``.
+        padded: operations that the tensor cores do, with the rows and columns that fill up tiles; None: ``operations``.
     """
 
     name: str
@@ -105,6 +106,7 @@ class CardShape:
     operations: float
     bytes_moved: float
     traffic: float | None = None
+    padded: float | None = None
 
 
 def describe_in_torchs_memory() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ridgeline.backends.cuda.codes import BITS, GROUPS, Offset, pack, pack_scales, packed_shapes
 from ridgeline.backends.cuda.gemm import Epilogue, Scratch
 from ridgeline.backends.cuda.kernels import linear as floats
 from ridgeline.backends.cuda.kernels import linear_quantized as quantized
@@ -102,7 +103,7 @@ class FloatMatrix(Matrix):
 
 @dataclass(frozen=True)
 class QuantizedMatrix(Matrix):
-    """Codes and their scales, in the layout of ``kernels/linear_quantized.py``.
+    """Codes and their scales, in the layout of ``codes.py``.
 
     Attributes:
         k: columns, padding left out.
@@ -111,11 +112,10 @@ class QuantizedMatrix(Matrix):
 
     codes: torch.Tensor
     scales: torch.Tensor
-    offsets: torch.Tensor | None
     k: int
     group: int
     bits: int
-    offset: quantized.Offset
+    offset: Offset
 
     def linear(
         self, x: torch.Tensor, out: torch.Tensor, arch: str, after: Epilogue, scratch: dict[str, Any], invariant: bool
@@ -130,7 +130,6 @@ class QuantizedMatrix(Matrix):
             group=self.group,
             bits=self.bits,
             offset=self.offset,
-            offsets=self.offsets,
             after=after,
             batch_invariant=invariant,
             **scratch,
@@ -139,7 +138,7 @@ class QuantizedMatrix(Matrix):
     def gather(self, ids: torch.Tensor, out: torch.Tensor, arch: str) -> list[Launch]:
         """See ``kernels/gather.py``."""
         how: dict[str, Any] = {"group": self.group, "bits": self.bits, "offset": self.offset}
-        return gather_quantized(self.codes, self.scales, self.offsets, ids, out, arch=arch, **how)
+        return gather_quantized(self.codes, self.scales, ids, out, arch=arch, **how)
 
     def scratch(self, m: int) -> Scratch:
         """See ``kernels/linear_quantized.py``."""
@@ -147,7 +146,7 @@ class QuantizedMatrix(Matrix):
 
     def nbytes(self) -> int:
         """Of device memory."""
-        return self.codes.nbytes + self.scales.nbytes * (1 if self.offsets is None else 2)
+        return self.codes.nbytes + self.scales.nbytes
 
 
 Place = Callable[[torch.Tensor], torch.Tensor]
@@ -172,9 +171,9 @@ def load(plan: Plan, weights: Mapping[str, StoredWeight], place: Place) -> dict[
     return found
 
 
-def _offset(form: WeightFormat, name: str) -> quantized.Offset:
+def _offset(form: WeightFormat, name: str) -> Offset:
     """How a format's codes become numbers; raises UnsupportedError where no kernel does it."""
-    if form.bits in quantized.BITS and form.group in quantized.GROUPS:
+    if form.bits in BITS and form.group in GROUPS:
         if form.has_minimum:
             return "minimum"
         if form.zero == 1 << (form.bits - 1):
@@ -196,9 +195,9 @@ def _codes(value: Value, parts: Sequence[StoredWeight], place: Place) -> Quantiz
             raise ModelFileError(f"{part.tensor.name}: the weights hold NaN or infinity; the file is damaged")
         taken.append(arrays)
     whole = [torch.from_numpy(merged(list(column), value.info.interleave)) for column in zip(*taken, strict=True)]
-    codes, scales = quantized.pack(whole[0], whole[1], form.group, form.bits)
-    offsets = place(quantized.pack(whole[0], whole[2], form.group, form.bits)[1]) if form.has_minimum else None
-    return QuantizedMatrix(place(codes), place(scales), offsets, k, form.group, form.bits, offset)
+    codes = pack(whole[0], form.group, form.bits)
+    scales = pack_scales(whole[1], whole[2] if form.has_minimum else None, k, form.group, form.bits, offset)
+    return QuantizedMatrix(place(codes), place(scales), k, form.group, form.bits, offset)
 
 
 def _finite(parts: Sequence[StoredWeight], interleave: int = 0) -> torch.Tensor:
@@ -231,9 +230,8 @@ def shapes(plan: Plan) -> dict[str, Matrix | Vector]:
         else:
             form = value.info.format
             offset = _offset(form, value.name)
-            codes, scales = quantized.packed_shapes(size[0], size[1], form.group, form.bits)
-            halves = [torch.empty(scales, dtype=torch.float16, device="meta") for _ in range(2)]
-            offsets = halves[1] if form.has_minimum else None
-            bytes_ = torch.empty(codes, dtype=torch.uint8, device="meta")
-            found[value.name] = QuantizedMatrix(bytes_, halves[0], offsets, size[1], form.group, form.bits, offset)
+            packed = packed_shapes(size[0], size[1], form.group, form.bits, offset)
+            codes = torch.empty(packed[0], dtype=torch.uint8, device="meta")
+            scales = torch.empty(packed[1], dtype=torch.int32, device="meta")
+            found[value.name] = QuantizedMatrix(codes, scales, size[1], form.group, form.bits, offset)
     return found

@@ -360,5 +360,7 @@ def card_shapes(arch: str) -> list[CardShape]:
         moved = requests * (context * cache_bytes(dim, cache) + 2 * 32 * dim * 2)
         work, name = 4.0 * requests * 32 * dim * context, f"M={requests} D={dim} {cache}".strip()
         asked = traffic(launches[0], [(context - 1, 1)] * requests)
-        shapes.append(CardShape(name, launches, work, moved, asked))
+        tiles_of, heads, _ = launches[0].grid
+        padded = 4.0 * tiles_of * heads * launches[0].config.meta["BLOCK_M"] * dim * context
+        shapes.append(CardShape(name, launches, work, moved, asked, padded))
     return shapes

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ridgeline.backends.cuda.kernels.linear_quantized import (
+from ridgeline.backends.cuda.codes import (
     Offset,
     book_of,
     check_codes,
@@ -80,37 +80,35 @@ def gather_columns(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor, *, a
 
 @triton.jit
 def gather_quantized_kernel(
-    codes, scales, offsets, index, out, code_stride, out_stride,
+    codes, scales, index, out, code_stride, out_stride,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
     BITS: tl.constexpr, PARTS: tl.constexpr, OFFSET: tl.constexpr, BOOK_LOW: tl.constexpr, BOOK_HIGH: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns of a row of codes (``linear_quantized``'s layout), as numbers."""
+    HELD: tl.constexpr = 2 if BITS == 8 else 4
     ABOVE: tl.constexpr = 1 if BITS == 5 or BITS == 6 else 0
     r = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = c < N
     row = tl.load(index + r).to(tl.int64)
-    part, first = c // HALF % PARTS, c // (PARTS * HALF) * (PARTS * BITS // 8 * HALF) + c % HALF
-    at = codes + row * code_stride + first
-    code = tl.load(at + (ABOVE + part // 2) * HALF, mask=live).to(tl.int32)
-    if BITS < 8:
-        code = (code >> (part % 2 * 4)) & 15
+    part, word = c // HALF % PARTS, c // (PARTS * HALF) * (PARTS * BITS // 16 * HALF) + c % HALF
+    at = codes + row * code_stride + word
+    code = tl.load(at + (ABOVE + part // HELD) * HALF, mask=live).to(tl.int32) >> (part % HELD * (16 // HELD))
+    code &= (1 << (16 // HELD)) - 1
     if ABOVE:
         above = tl.load(at, mask=live).to(tl.int32) >> (part * (BITS - 4))
         code |= (above & ((1 << (BITS - 4)) - 1)) << 4
-    group = (c // WIDTH).to(tl.int64) * ROWS + row
-    scale = tl.load(scales + group, mask=live)
-    offset = scale
-    if OFFSET == "minimum" or OFFSET == "zero":
-        offset = tl.load(offsets + group, mask=live)
-    v = weights_of(code[:, None], scale, offset, BITS, OFFSET, BOOK_LOW, BOOK_HIGH)
+    group, EACH = c // WIDTH, 1 if OFFSET == "minimum" or OFFSET == "zero" or WIDTH >= PARTS * HALF else 2
+    pair = tl.load(scales + (group // EACH).to(tl.int64) * ROWS + row, mask=live)
+    scale = (pair >> (16 * (group % EACH))).to(tl.int16).to(tl.float16, bitcast=True)
+    offset = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    v = weights_of((code << 12)[:, None], scale, offset, 12, BITS, OFFSET, BOOK_LOW, BOOK_HIGH)
     tl.store(out + r * out_stride + c, tl.sum(v, axis=1).to(out.dtype.element_ty), mask=live)
 
 
 def gather_quantized(
     codes: torch.Tensor,
     scales: torch.Tensor,
-    offsets: torch.Tensor | None,
     index: torch.Tensor,
     out: torch.Tensor,
     *,
@@ -121,15 +119,14 @@ def gather_quantized(
     arch: str = "sm_90",
 ) -> list[Launch]:
     """out[r] = weights[index[r]] of a weight in ``linear_quantized``'s layout: out [R, K] of a float type."""
-    check_codes(codes, scales, offsets, out.shape[1], group, bits, offset, codebook)
+    check_codes(codes, scales, out.shape[1], group, bits, offset, codebook)
     config = CONFIGS[arch]
     args = {
-        "codes": codes,
+        "codes": codes.view(torch.int16),
         "scales": scales,
-        "offsets": scales if offsets is None else offsets,
         "index": index,
         "out": out,
-        "code_stride": codes.stride(0),
+        "code_stride": codes.stride(0) // 2,
         "out_stride": out.stride(0),
     }
     sizes = {"N": out.shape[1], "ROWS": codes.shape[0], "HALF": half_of(group, bits), "WIDTH": group}

@@ -6,8 +6,8 @@ it, of which the table's ``bound`` names the one:
 - memory: bytes that must move at least once, at 90% of the datasheet's rate, by as many multiprocessors as there are
   programs;
 - L2: bytes that all programs ask for, re-reads included;
-- tensor (or float, without tensor cores): the operations at the datasheet's peak, the last wave of programs taking as
-  long as a full one;
+- tensor (or float, without tensor cores): the operations, those that fill up tiles too, at the datasheet's peak, the
+  last wave of programs taking as long as a full one;
 - issue, shared: the same, slowed down by the hottest loop's other instructions, one a cycle and scheduler, or by its
   shared memory accesses, 128 bytes a cycle and multiprocessor, where these take longer than its tensor instructions.
 """
@@ -217,7 +217,7 @@ def predict(shape: CardShape, cards: Sequence[Card], kind: str = "bf16") -> Pred
     waves = programs / (device.processors * max(1, cards[0].occupancy // cards[0].num_warps))
     busy = min(1.0, programs / device.processors)  # multiprocessors with anything to do
     tail = math.ceil(waves) / waves if waves > 1 else 1.0  # the last wave takes as long as a full one
-    compute = shape.operations / peak / busy * tail
+    compute = (shape.padded or shape.operations) / peak / busy * tail
     traffic = shape.bytes_moved if shape.traffic is None else shape.traffic
     times = {
         # Half of the multiprocessors draw all that the memory gives.
@@ -244,6 +244,6 @@ def _per_output(shape: CardShape, card: Card) -> float:
     last = shape.launches[-1]
     outputs = sum(last.args[name].numel() for name in last.writes if name != "workspace") or 1
     if card.loop.multiply_adds:
-        passes = shape.operations / 2 / card.loop.multiply_adds  # of all warps together
+        passes = (shape.padded or shape.operations) / 2 / card.loop.multiply_adds  # of all warps together
         return 32 * passes * sum(card.loop.classes.values()) / outputs
     return 32 * card.num_warps * math.prod(last.grid) * sum(card.classes.values()) / outputs
