@@ -114,6 +114,18 @@ REASONS: dict[str, list[Key]] = {
             "accumulate(x, w, row, column, first, min(first + length, steps), M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SPECIALIZE, SWAP, TMA, EVEN_K)",
         ),
     ],
+    "bits 12 and bits 16 of a float hold the same code": [
+        ("linear_quantized", "_part", "BITS == 4", "BITS != 4"),
+        ("linear_quantized", "_part", "0 in part % 2 == 0", "1"),
+    ],
+    "scales + columns = columns + scales": [
+        (
+            "linear_quantized",
+            "_sum",
+            "_pair(codes, above, scales, columns, N, step, tile * HELD, BLOCK_N, HALF, WIDTH, BITS, PARTS, OFFSET, BOOK_LOW, BOOK_HIGH, a.dtype)",
+            "_pair(codes, above, columns, scales, N, step, tile * HELD, BLOCK_N, HALF, WIDTH, BITS, PARTS, OFFSET, BOOK_LOW, BOOK_HIGH, a.dtype)",
+        ),
+    ],
     "counters + tile = tile + counters": [
         ("linear", "linear_kernel", "arrive(counters, tile, SPLIT)", "arrive(tile, counters, SPLIT)"),
         ("linear_fp8", "linear_fp8_kernel", "arrive(counters, tile, SPLIT)", "arrive(tile, counters, SPLIT)"),

@@ -181,7 +181,7 @@ def fields_of(codes, above, part: tl.constexpr, AT: tl.constexpr, BITS: tl.const
     """The codes of one part, int32, in the bits from AT on: from its words, and those of what is above the low four."""
     codes = codes.to(tl.int32)
     if BITS == 8:
-        fields = (codes << (AT - 8 * (part % 2))) & (255 << AT)
+        fields = (codes << (AT - 8 * part)) & (255 << AT)
     else:
         fields = (codes << (AT - 4 * (part % 4))) & (15 << AT)
     if BITS == 5 or BITS == 6:
