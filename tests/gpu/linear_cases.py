@@ -95,6 +95,7 @@ def _narrow(op: str, kinds: tuple[str, ...]) -> list[LinearCase]:
         cases += [LinearCase(op, rows, 80, 272, kind) for rows in (EDGES if kind == kinds[0] else (1, 17, 65))]
         cases += [LinearCase(op, rows, 40, 2080, kind, "bf16") for rows in (1, 17, 65)]
         cases += [LinearCase(op, rows, 32, 2048, kind, "bf16") for rows in (2, 66)]  # whole steps, in whole parts
+        cases += [LinearCase(op, rows, 48, 192, kind, "bf16") for rows in (3, 18, 67)]  # whole words, and half a step
         cases += [LinearCase(op, 3, n, 144, kind) for n in (1, 31, 129)]
         cases += [LinearCase(op, 2, 33, k, kind) for k in (1, 31, 128, 130)]
         cases += [LinearCase(op, rows, 160, 128, kind, "bf16", EVERYTHING) for rows in (2, 66)]

@@ -13,8 +13,9 @@ in one by 0.13%; rounding the result to bf16 costs 0.17%, the operands to e4m3 3
 what is cut off adds up: 1.4% and 6.7%, and 0.06% in parts of 128, as scales of blocks have.
 
 sm_80 has no FP8 arithmetic: a code's bits, shifted, are the fp16 number of 2^-8 times its value, subnormals included,
-so operands become fp16 in registers, products are exact, and the factor 2^16 is given back at the end. The codes for
-NaN (0x7F, 0xFF) would read as 480 there: a loader refuses weights that hold them.
+so operands become fp16 in registers, products are exact, and the factor 2^16 is given back at the end. Codes are read
+four to a word, and two of them become fp16 at once, in three or four instructions. The codes for NaN (0x7F, 0xFF)
+would read as 480 there: a loader refuses weights that hold them.
 
 Roofline: as ``linear_int8``.
 """
@@ -59,8 +60,8 @@ PART = 1024
 
 CONFIGS: dict[str, tuple[Tile, ...]] = {
     "sm_80": (
-        Tile(16, 16, 64, BLOCK, num_warps=4, num_stages=5, per_sm=3),
-        Tile(64, 64, 64, BLOCK, num_warps=4, num_stages=4, per_sm=2),
+        Tile(16, 16, 64, BLOCK, num_warps=2, num_stages=4, per_sm=4),
+        Tile(64, 64, 128, BLOCK, num_warps=4, num_stages=3, per_sm=2),
         Tile(MANY, 128, 64, BLOCK, num_warps=8, num_stages=4, per_sm=1),
     ),
     "sm_90": (
@@ -72,7 +73,7 @@ CONFIGS: dict[str, tuple[Tile, ...]] = {
 """Configurations by architecture, by rows, for scales of blocks."""
 
 WHOLE: dict[str, tuple[Tile, ...]] = {
-    "sm_80": CONFIGS["sm_80"],
+    "sm_80": (*CONFIGS["sm_80"][:2], Tile(MANY, 128, 128, BLOCK, num_warps=8, num_stages=3, per_sm=1)),
     "sm_90": (
         CONFIGS["sm_90"][0],
         Tile(64, 64, 128, 256, num_warps=4, num_stages=2, per_sm=2),
@@ -83,13 +84,29 @@ WHOLE: dict[str, tuple[Tile, ...]] = {
 
 
 @triton.jit
-def _operand(codes, DECODE: tl.constexpr):
-    """What the tensor core takes: e4m3 as it is, or as fp16 of 2^-8 times its value, from its bits."""
-    if DECODE:
+def _operand(codes, DECODE: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What the tensor core takes: e4m3 as it is, or as fp16 of 2^-8 times its value, from its bits: [ROWS, BLOCK_K].
+
+    CODES: how many lie in one element of ``codes``, 1 or 4. Of four, two are decoded at once.
+    """
+    if CODES == 4:
+        odd = (codes & -0x7FFF8000) | ((codes >> 1) & 0x3F803F80)
+        even = codes << 8
+        even = (even & -0x7FFF8000) | ((even >> 1) & 0x3F803F80)
+        first = tl.join(_half(even), _half(odd))
+        second = tl.join(_half(even >> 16), _half(odd >> 16))
+        return tl.reshape(tl.permute(tl.join(first, second), [0, 1, 3, 2]), [ROWS, BLOCK_K])
+    elif DECODE:
         bits = codes.to(tl.uint16)
         return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
     else:
         return codes
+
+
+@triton.jit
+def _half(words):
+    """fp16 from the low half of int32."""
+    return words.to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -115,6 +132,7 @@ def _sum(
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     DECODE: tl.constexpr,
+    CODES: tl.constexpr,
     BLOCKED: tl.constexpr,
 ):
     """fp32 [BLOCK_M, BLOCK_N]: the sum over the steps first .. last - 1 of K, in order, from zero."""
@@ -123,8 +141,9 @@ def _sum(
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if not TMA:
-        x_at = addresses(x, row, M, stride_x, BLOCK_M, BLOCK_K)
-        w_at = addresses(w, column, N, stride_w, BLOCK_N, BLOCK_K)
+        WIDTH: tl.constexpr = BLOCK_K // CODES
+        x_at = addresses(x, row, M, stride_x, BLOCK_M, WIDTH)
+        w_at = addresses(w, column, N, stride_w, BLOCK_N, WIDTH)
     if BLOCKED:
         groups = tl.cdiv(K, BLOCK_K)
         x_scale_at = x_scale + ((row + tl.arange(0, BLOCK_M)) % M).to(tl.int64) * groups
@@ -134,11 +153,12 @@ def _sum(
         if TMA:
             a, b = x.load([row, k]), w.load([column, k])
         elif EVEN_K:
-            a, b = tl.load(x_at + k), tl.load(w_at + k)
+            a, b = tl.load(x_at + step * WIDTH), tl.load(w_at + step * WIDTH)
         else:
-            inside = (k + tl.arange(0, BLOCK_K) < K)[None, :]
-            a, b = tl.load(x_at + k, mask=inside, other=0.0), tl.load(w_at + k, mask=inside, other=0.0)
-        a, b = _operand(a, DECODE), _operand(b, DECODE)
+            inside = (step * WIDTH + tl.arange(0, WIDTH) < K // CODES)[None, :]
+            a = tl.load(x_at + step * WIDTH, mask=inside, other=0.0)
+            b = tl.load(w_at + step * WIDTH, mask=inside, other=0.0)
+        a, b = _operand(a, DECODE, CODES, BLOCK_M, BLOCK_K), _operand(b, DECODE, CODES, BLOCK_N, BLOCK_K)
         if BLOCKED:
             product = tl.dot(b, a.T) if SWAP else tl.dot(a, b.T)
             scale = tl.load(x_scale_at + step) * tl.load(w_scale_at + step)
@@ -154,21 +174,23 @@ def _sum(
 def _group(
     y, x, w, x_scale, w_scale, row, column, first, steps, M, N, K, stride_x, stride_w,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, SPECIALIZE: tl.constexpr,
-    TMA: tl.constexpr, EVEN_K: tl.constexpr, DECODE: tl.constexpr, BLOCKED: tl.constexpr, SPLIT: tl.constexpr,
-    PARTS: tl.constexpr, PART: tl.constexpr,
+    TMA: tl.constexpr, EVEN_K: tl.constexpr, DECODE: tl.constexpr, CODES: tl.constexpr, BLOCKED: tl.constexpr,
+    SPLIT: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """y, which is zero, plus the parts of one of SPLIT groups of K from step ``first`` on, in order."""
     if BLOCKED or DECODE:  # sums of 128 values, or in fp32 throughout: a group has no parts
         return _sum(
             x, w, x_scale, w_scale, row, column, first, min(first + tl.cdiv(steps, SPLIT), steps),
-            M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED,
+            M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, CODES,
+            BLOCKED,
         )  # fmt: skip
     else:
         LENGTH: tl.constexpr = PART // BLOCK_K
         if PARTS == 1:
             return _sum(
                 x, w, x_scale, w_scale, row, column, first, min(first + LENGTH, steps),
-                M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED,
+                M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, CODES,
+                BLOCKED,
             )  # fmt: skip
         else:
             for part in range(PARTS):
@@ -176,7 +198,7 @@ def _group(
                 y += _sum(
                     x, w, x_scale, w_scale, row, column, start, min(start + LENGTH, steps),
                     M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE,
-                    BLOCKED,
+                    CODES, BLOCKED,
                 )  # fmt: skip
             return y
 
@@ -207,6 +229,7 @@ def linear_fp8_kernel(
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     DECODE: tl.constexpr,
+    CODES: tl.constexpr,
     SCALING: tl.constexpr,
     SILU_MUL: tl.constexpr,
     workspace=None,
@@ -217,7 +240,7 @@ def linear_fp8_kernel(
 ):
     """out = epilogue(x @ w.T, scaled), persistent: each program takes every num_programs-th job.
 
-    x [M, K] and w [N, K]: descriptors (TMA) or pointers, e4m3, or its bytes (DECODE).
+    x [M, K] and w [N, K]: descriptors (TMA) or pointers, e4m3, or its bytes (DECODE), CODES of them in an element.
     x_scale, w_scale: [1] and [1] fp32, [M] and [N], or [M, K / 128] and [N / 128, K / 128], sizes rounded up.
     workspace: [SPLIT, M, N] fp32; counters: one int32 for each tile, zero.
     """
@@ -237,21 +260,22 @@ def linear_fp8_kernel(
             part = job % SPLIT
             y = _group(
                 y, x, w, x_scale, w_scale, row, column, part * length, steps, M, N, K, stride_x, stride_w,
-                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED, SPLIT, PARTS, PART,
+                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, CODES, BLOCKED, SPLIT, PARTS, PART,
             )  # fmt: skip
             put_part(y, workspace, part, row, column, M, N, BLOCK_M, BLOCK_N)
             done = arrive(counters, tile, SPLIT)
         elif SPLIT == 1:
             y = _group(
                 y, x, w, x_scale, w_scale, row, column, 0, steps, M, N, K, stride_x, stride_w,
-                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED, SPLIT, PARTS, PART,
+                BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, CODES, BLOCKED, SPLIT, PARTS, PART,
             )  # fmt: skip
         else:
             for one in range(SPLIT):
                 y += _group(
                     tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
                     x, w, x_scale, w_scale, row, column, one * length, steps, M, N, K, stride_x, stride_w,
-                    BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED, SPLIT, PARTS, PART,
+                    BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, CODES, BLOCKED, SPLIT, PARTS,
+                    PART,
                 )  # fmt: skip
         if done:
             if PARALLEL:
@@ -322,8 +346,9 @@ def linear_fp8(
     x_shape, w_shape = scale_shapes(m, n, k, scaling)
     gemm.check_scales(x_scale, x_shape, w_scale, w_shape)
     decode = arch == "sm_80"
+    wide = decode and all(size % 64 == 0 for size in (k, x.stride(0), w.stride(0)))  # words of four, 16 of them at once
     if decode:
-        x, w = x.view(torch.uint8), w.view(torch.uint8)
+        x, w = (t.view(torch.int32 if wide else torch.uint8) for t in (x, w))
     regular = gemm.regular(x, w, k, arch)
     tile = gemm.pick((CONFIGS if scaling == "block" else WHOLE)[arch], m, regular, out)
     tma, whole = regular and arch == "sm_90", not batch_invariant and m > gemm.MOST_SPLIT_ROWS
@@ -337,7 +362,7 @@ def linear_fp8(
         "EVEN_K": k % tile.block_k == 0,
         "SILU_MUL": after.silu_mul,
     }
-    meta |= {"DECODE": decode, "SCALING": scaling}
+    meta |= {"DECODE": decode, "CODES": 4 if wide else 1, "SCALING": scaling}
     return [Product(linear_fp8_kernel, arch, m, n, k, tile, split).launch(args, out, workspace, counters, **meta)]
 
 
