@@ -93,16 +93,22 @@ REASONS: dict[str, list[Key]] = {
         (
             "linear_fp8",
             "_group",
-            "_sum(x, w, x_scale, w_scale, row, column, start, min(start + LENGTH, steps), M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED)",
+            "_sum(x, w, x_scale, w_scale, row, column, start, min(start + LENGTH, steps), M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, CODES, BLOCKED)",
             "_sum(x, w, x_scale, w_scale, row, column, start, min(start + LENGTH, steps), M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, BLOCKED, DECODE)",
         ),
     ],
     "which operand comes first changes no bit, and the interpreter knows no warp specialization": [
         (
             "linear_fp8",
+            "_group",
+            "_sum(x, w, x_scale, w_scale, row, column, start, min(start + LENGTH, steps), M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, CODES, BLOCKED)",
+            "_sum(x, w, x_scale, w_scale, row, column, start, min(start + LENGTH, steps), M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SPECIALIZE, SWAP, TMA, EVEN_K, DECODE, CODES, BLOCKED)",
+        ),
+        (
+            "linear_fp8",
             "linear_fp8_kernel",
-            "_group(y, x, w, x_scale, w_scale, row, column, part * length, steps, M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, BLOCKED, SPLIT, PARTS, PART)",
-            "_group(y, x, w, x_scale, w_scale, row, column, part * length, steps, M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SPECIALIZE, SWAP, TMA, EVEN_K, DECODE, BLOCKED, SPLIT, PARTS, PART)",
+            "_group(y, x, w, x_scale, w_scale, row, column, part * length, steps, M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SPECIALIZE, TMA, EVEN_K, DECODE, CODES, BLOCKED, SPLIT, PARTS, PART)",
+            "_group(y, x, w, x_scale, w_scale, row, column, part * length, steps, M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SPECIALIZE, SWAP, TMA, EVEN_K, DECODE, CODES, BLOCKED, SPLIT, PARTS, PART)",
         ),
     ],
     "a hint to the compiler": [
@@ -114,6 +120,7 @@ REASONS: dict[str, list[Key]] = {
             "accumulate(x, w, row, column, first, min(first + length, steps), M, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, SPECIALIZE, SWAP, TMA, EVEN_K)",
         ),
     ],
+    "one part is a loop over one part": [("linear_fp8", "_group", "1 in PARTS == 1", "0")],
     "bits 12 and bits 16 of a float hold the same code": [
         ("linear_quantized", "_part", "BITS == 4", "BITS != 4"),
         ("linear_quantized", "_part", "0 in part % 2 == 0", "1"),

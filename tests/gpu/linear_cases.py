@@ -237,8 +237,9 @@ def _e4m3(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
 def _fp8(case: LinearCase, arch: str, rng: np.random.Generator, only: int | None) -> Climb:
     scaling = case.kind
     shapes = scale_shapes(case.rows, case.n, case.k, scaling)
-    x = _padded(_pick(_e4m3(rng, (case.rows, case.k)), only), torch.float8_e4m3fn)
-    w = _padded(_e4m3(rng, (case.n, case.k)), torch.float8_e4m3fn, 32)
+    more = 64 if case.k % 64 == 0 else 16  # whole words of codes, where sm_80 reads them so
+    x = _padded(_pick(_e4m3(rng, (case.rows, case.k)), only), torch.float8_e4m3fn, more)
+    w = _padded(_e4m3(rng, (case.n, case.k)), torch.float8_e4m3fn, 2 * more)
     scales, w_scales = (scales_of(rng, shape) for shape in shapes)
     scales = scales if scaling == "tensor" else _pick(scales, only)
     after = _After(case, rng, only)

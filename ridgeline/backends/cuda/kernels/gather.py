@@ -84,7 +84,7 @@ def gather_quantized_kernel(
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
     BITS: tl.constexpr, PARTS: tl.constexpr, OFFSET: tl.constexpr, BOOK_LOW: tl.constexpr, BOOK_HIGH: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of a row of codes (``linear_quantized``'s layout), as numbers."""
+    """BLOCK columns of a row of codes (``codes.py``), as numbers."""
     HELD: tl.constexpr = 2 if BITS == 8 else 4
     ABOVE: tl.constexpr = 1 if BITS == 5 or BITS == 6 else 0
     r = tl.program_id(0).to(tl.int64)
@@ -118,7 +118,7 @@ def gather_quantized(
     codebook: Sequence[int] | None = None,
     arch: str = "sm_90",
 ) -> list[Launch]:
-    """out[r] = weights[index[r]] of a weight in ``linear_quantized``'s layout: out [R, K] of a float type."""
+    """out[r] = weights[index[r]] of a weight as ``codes.py`` has it: out [R, K] of a float type."""
     check_codes(codes, scales, out.shape[1], group, bits, offset, codebook)
     config = CONFIGS[arch]
     args = {
