@@ -16,6 +16,7 @@ from tests import packers
 KINDS = (
     "4-32-middle", "4-32-minimum", "4-64-zero", "4-128-zero", "8-32-middle", "8-64-minimum", "8-128-zero",
     "5-32-middle", "5-64-minimum", "5-16-zero", "6-16-middle", "6-128-zero", "4-32-codebook", "4-16-minimum",
+    "4-128-middle", "8-64-middle",  # a word of scales holds one and nothing
 )  # fmt: skip
 """Bits, group, offset."""
 

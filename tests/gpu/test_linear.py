@@ -9,6 +9,7 @@ from ridgeline.backends.cuda.codes import Offset, pack, pack_scales, packed_shap
 from ridgeline.backends.cuda.gemm import MOST_SPLIT_ROWS, Epilogue, split_k, traffic
 from ridgeline.backends.cuda.kernels.gather import gather_columns
 from ridgeline.backends.cuda.kernels.linear import linear, linear_scratch
+from ridgeline.backends.cuda.kernels.linear_fp8 import linear_fp8
 from ridgeline.backends.cuda.kernels.linear_quantized import linear_quantized
 from ridgeline.backends.cuda.ladder.interpret import run
 from ridgeline.backends.cuda.launch import ARCHS, cdiv
@@ -166,5 +167,34 @@ def test_scales_lie_as_documented(bits: int, group: int, half: int, parts: int, 
         assert torch.equal(one, scales[:, g] if g < scales.shape[1] else torch.zeros(3).half())
         if stored:
             assert torch.equal(halves[g, :, 1], offsets[:, g] if g < scales.shape[1] else torch.zeros(3).half())
+        elif group >= half * parts:
+            assert not halves[g, :, 1].any()
         if g + 1 == len(words) and (stored or group >= half * parts):
             break
+
+
+def test_scales_that_do_not_fit_are_refused() -> None:
+    scales = torch.ones(3, 10).half()
+    for offset, offsets in (("zero", None), ("minimum", None), ("middle", scales), ("codebook", scales)):
+        with pytest.raises(ValueError, match=f"'{offset}' with"):
+            pack_scales(scales, offsets, 300, 32, 4, offset)
+    for wrong in (scales[:, :9], torch.ones(3, 11).half(), scales.bfloat16()):
+        with pytest.raises(ValueError, match="scales are"):
+            pack_scales(wrong, None, 300, 32)
+        with pytest.raises(ValueError, match="are torch"):
+            pack_scales(scales, wrong, 300, 32, 4, "zero")
+
+
+def test_fp8_that_begins_between_words() -> None:
+    """On sm_80 such operands are read by bytes: the same bits as from where a word begins."""
+    rng, outs = torch.Generator().manual_seed(7), []
+    x, w = (torch.randn(rows, 128, generator=rng).to(torch.float8_e4m3fn) for rows in (3, 32))
+    ones = torch.ones(1)
+    for offset in (0, 2):
+        moved = torch.zeros(3 * 128 + 64, dtype=torch.uint8)[offset : offset + 384].reshape(3, 128)
+        moved.copy_(x.view(torch.uint8))
+        outs.append(torch.full((3, 32), float("nan")))
+        launches = linear_fp8(moved.view(torch.float8_e4m3fn), w, ones, ones, outs[-1], "sm_80")
+        assert launches[0].config.meta["CODES"] == (1 if offset else 4)
+        run(launches)
+    assert torch.equal(*outs) and not outs[0].isnan().any()

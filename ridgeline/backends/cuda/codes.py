@@ -81,11 +81,11 @@ def pack(codes: torch.Tensor, group: int, bits: int = 4) -> torch.Tensor:
     """Codes [N, K], uint8 below 2^bits, in this file's layout."""
     (n, k), half, parts = codes.shape, half_of(group, bits), parts_of(bits)
     width = packed_shapes(n, k, group, bits)[0][1]
-    padded = torch.nn.functional.pad(codes, (0, width * 8 // bits - k))
-    places = padded.reshape(n, -1, parts, half).short().unbind(2)
+    places = torch.nn.functional.pad(codes, (0, width * 8 // bits - k)).reshape(n, -1, parts, half).unbind(2)
     words = torch.zeros(n, len(places[0][0]), bits * parts // WORD, half, dtype=torch.int16, device=codes.device)
     held, above = (2, 0) if bits == 8 else (4, int(bits > 4))
-    for part, found in enumerate(places):
+    for part, place in enumerate(places):
+        found = place.short()
         words[:, :, above + part // held] |= (found if bits == 8 else found & 15) << part % held * (WORD // held)
         if above:
             words[:, :, 0] |= found >> 4 << part * (bits - 4)
@@ -95,7 +95,17 @@ def pack(codes: torch.Tensor, group: int, bits: int = 4) -> torch.Tensor:
 def pack_scales(
     scales: torch.Tensor, offsets: torch.Tensor | None, k: int, group: int, bits: int = 4, offset: Offset = "middle"
 ) -> torch.Tensor:
-    """Scales and what ``offset`` adds, both fp16 [N, ceil(K / group)], in this file's layout."""
+    """Scales and what ``offset`` adds, both fp16 [N, ceil(K / group)], in this file's layout.
+
+    Raises:
+        ValueError: other shapes or types, or offsets that ``offset`` does not take or lacks.
+    """
+    if (offsets is None) == (offset in STORED):
+        raise ValueError(f"offset {offset!r} with{'out' if offsets is None else ''} offsets")
+    for name, halves in (("scales", scales), ("offsets", scales if offsets is None else offsets)):
+        wanted = (scales.shape[0], cdiv(k, group))
+        if halves.dtype != torch.float16 or tuple(halves.shape) != wanted:
+            raise ValueError(f"{name} are {halves.dtype} {tuple(halves.shape)}, wanted float16 {wanted}")
     each = _scales_in_word(group, bits, offset)
     words, n = packed_shapes(scales.shape[0], k, group, bits, offset)[1]
 
@@ -134,7 +144,9 @@ def check_codes(
     for name, tensor, shape in zip(("codes", "scales"), (codes, scales), shapes, strict=True):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} are {tuple(tensor.shape)}, wanted {shape}")
-    if codes.stride(0) % 2:
+    if codes.dtype != torch.uint8 or codes.stride(1) != 1:
+        raise ValueError(f"codes are {codes.dtype}, wanted uint8, rows contiguous")
+    if codes.stride(0) % 2 or codes.storage_offset() % 2:
         raise ValueError(f"rows of codes are words of 16 bits, not {codes.stride(0)} bytes apart")
     if scales.dtype != torch.int32 or not scales.is_contiguous():
         raise ValueError(f"scales are {scales.dtype}, wanted contiguous words of int32")
@@ -154,7 +166,7 @@ def weights_of(
     """fp32 weights from [BLOCK_N, H] int32 with a code in the bits from AT on, 12 or 16, and [BLOCK_N] scales, offsets.
 
     A code in those bits of the float BASE = 2^(23 - AT) is BASE + code: no shift, and no conversion, which runs at a
-    quarter rate. BASE times a scale has at most 23 bits, so one multiply-add takes it away again exactly.
+    quarter rate. BASE + code, or + zero, times a scale has at most 23 bits: one multiply-add takes BASE away exactly.
     """
     scale = scale.to(tl.float32)[:, None]
     BASE: tl.constexpr = float(1 << (23 - AT))

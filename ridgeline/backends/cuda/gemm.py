@@ -144,9 +144,9 @@ def pick(table: tuple[Tile, ...], m: int, regular: bool, out: torch.Tensor, room
 
     Args:
         regular: rows begin where wide copies can. If not, every element is loaded by itself, and the registers that
-            takes leave room for small tiles only: the first of the table, over more warps.
+            takes leave room for small tiles only: the last but two of the table, over more warps.
         out: of which, where its rows do not line up, every element is stored by itself.
-        roomy: or the second.
+        roomy: or the last but one.
     """
     if not regular:
         tile = table[-2 if roomy and m > table[-3].rows else -3]

@@ -346,7 +346,9 @@ def linear_fp8(
     x_shape, w_shape = scale_shapes(m, n, k, scaling)
     gemm.check_scales(x_scale, x_shape, w_scale, w_shape)
     decode = arch == "sm_80"
-    wide = decode and all(size % 64 == 0 for size in (k, x.stride(0), w.stride(0)))  # words of four, 16 of them at once
+    # Words of four codes, 16 of them at once; torch takes words only from where one begins.
+    wide = decode and all(size % 64 == 0 for size in (k, x.stride(0), w.stride(0)))
+    wide = wide and all(t.storage_offset() % 16 == 0 for t in (x, w))
     if decode:
         x, w = (t.view(torch.int32 if wide else torch.uint8) for t in (x, w))
     regular = gemm.regular(x, w, k, arch)

@@ -352,7 +352,7 @@ def _tile(arch: str, m: int, group: int, bits: int, offset: Offset, regular: boo
     table = (OF_CODEBOOKS if offset == "codebook" else CONFIGS)[arch]
     tile = gemm.pick(table, m, regular, out)
     tile = replace(tile, block_k=min(tile.block_k, half_of(group, bits)))
-    if bits == 5 and tile.rows < MANY:  # a step, and so a stage, is twice as long
+    if bits == 5 and regular and tile.rows < MANY:  # a step, and so a stage, is twice as long
         tile = replace(tile, num_stages=tile.num_stages - 1)
     return tile if regular else replace(tile, num_warps=4)
 
