@@ -353,6 +353,8 @@ def linear_fp8(
         x, w = (t.view(torch.int32 if wide else torch.uint8) for t in (x, w))
     regular = gemm.regular(x, w, k, arch)
     tile = gemm.pick((CONFIGS if scaling == "block" else WHOLE)[arch], m, regular, out)
+    if decode and not wide:  # a code at a time takes more registers
+        tile = replace(tile, block_n=64)
     tma, whole = regular and arch == "sm_90", not batch_invariant and m > gemm.MOST_SPLIT_ROWS
     split, parts = split_of(MANY if whole else n, k, scaling, arch)  # with columns enough there is no split
     args = gemm.operands(x, w, tile, tma)
