@@ -50,6 +50,7 @@ Fetching fetching_here() {
 }  // namespace
 
 const Fetching fetching = fetching_here();
+const bool adds_beside_products = __builtin_cpu_is("amd") && avx512_supported();  // Zen 4 and 5: four pipes, two multiply
 
 const Kernels* kernels_avx2_table();
 const Kernels* kernels_avx512_table();
@@ -70,6 +71,7 @@ std::vector<const Kernels*> available_kernels() {
 }
 #else
 const Fetching fetching{};
+const bool adds_beside_products = false;
 const Kernels* kernels_amx() { return nullptr; }
 std::vector<const Kernels*> available_kernels() { return {kernels_generic_table()}; }
 #endif

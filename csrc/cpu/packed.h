@@ -66,10 +66,21 @@ inline constexpr int tile_order(Format f, int i) {
   return 4 * (row / 4) + row % 4 / 2 + row % 2 * 16 + 2 * word;
 }
 
-// A row of activations quantized to int8 per 32 of K: k codes, then per group fp32 scales, fp32
-// scale * sum(codes), int32 sum(codes). Rows are padded to 64 bytes.
-inline constexpr size_t q8_scales_at(int k) { return (size_t)k; }
-inline constexpr size_t q8_scaled_sums_at(int k) { return (size_t)k + (size_t)k / kGroup * 4; }
-inline constexpr size_t q8_sums_at(int k) { return (size_t)k + (size_t)k / kGroup * 8; }
+// Activations quantized to int8 per 32 of K: a row is its groups one after the other, padded to 64 bytes.
+//
+// Codes are at least kLeastCode, at most kMostCode: a group's greatest magnitude is made positive by the sign of its scale,
+// and where one of the other sign comes within an eighth of it, the scale grows until that fits. So the sum of a code and
+// a 4-bit weight still fits a byte, which gemm_paired.h multiplies.
+struct Q8Group {
+  int8_t codes[kGroup];
+  float scale;
+  float scaled_sum;  // scale * sum
+  int32_t sum;       // of the codes
+  int32_t paired;    // what gemm_paired.h takes off for the first kPairedWords * 4 pairs of codes, negative
+};
+inline constexpr int kLeastCode = -112, kMostCode = 127;
+inline constexpr int kPairedWords = 3;  // of a group's 4 (codes 4 j to 4 j + 3 with codes 16 + 4 j on)
+inline constexpr int kLowBias = 112, kHighBias = -16;  // of weights' codes there, so that all sums are in range
+inline constexpr size_t q8_row_bytes(int k) { return (size_t)(k / kGroup) * sizeof(Q8Group); }
 
 }  // namespace ridgeline

@@ -195,6 +195,10 @@ struct Fetching {
 };
 extern const Fetching fetching;
 
+// Whether byte additions of whole vectors start beside byte products, which then pays to add more and multiply less
+// (kernels/gemm_paired.h). Results do not depend on it either.
+extern const bool adds_beside_products;
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;

@@ -183,10 +183,10 @@ def row_elements(value: Value) -> int:
 def row_bytes(value: Value) -> int:
     """Bytes of the payload of one row, before padding.
 
-    A "q8" row of K values is K int8 codes, then for every 32 of them a float32 scale, then the float32
-    products scale * sum(codes), then the int32 sums: K + 12 * K / 32 bytes.
+    A "q8" row holds for every 32 values their int8 codes, a float32 scale, the float32 product scale * sum(codes), the
+    int32 sum and an int32 that paired products take off: 48 bytes.
     """
     elements = row_elements(value)
     if value.dtype == "q8":
-        return elements + 12 * (elements // Q8_GROUP)
+        return 48 * (elements // Q8_GROUP)
     return elements * DTYPE_BYTES[value.dtype]

@@ -224,7 +224,7 @@ _declare(
     "x -> y",
     _quantize_infer,
     _elementwise(1),
-    "q8: int8 codes per 32 with scale amax / 127, halves to even; bf16: nearest even",
+    "q8: int8 codes of -112 to 127 per 32, the greatest positive, halves to even; bf16: nearest even",
     row_wise=True,
     to=REQUIRED,
 )

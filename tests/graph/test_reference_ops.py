@@ -16,17 +16,22 @@ def test_every_declared_operator_has_a_reference():
     assert set(KERNELS) == set(OPS)
 
 
-def test_q8_is_the_nearest_code_at_amax_over_127():
+def test_q8_is_the_nearest_code_from_minus_112_to_127():
     x = (RNG.standard_normal((5, 96)) * 10.0 ** RNG.integers(-20, 20, (5, 1))).astype(np.float32)
     x[1, 32:64] = 0
     q = quantize_q8(x)
-    groups = np.abs(x.reshape(5, 3, 32)).max(axis=2)
-    np.testing.assert_array_equal(q.scales, groups / np.float32(127))
-    assert q.codes.max() <= 127 and q.codes.min() >= -127 and (q.codes[1, 32:64] == 0).all()
-    step = np.repeat(q.scales, 32, axis=1)
+    groups = x.reshape(5, 3, 32)
+    top, bottom = groups.max(axis=2), -groups.min(axis=2)  # both are positive, or 0 in the group of zeros
+    steps = np.maximum(np.maximum(top, bottom) / 127, np.minimum(top, bottom) / 112)
+    np.testing.assert_allclose(q.scales, np.where(bottom > top, -steps, steps), rtol=3e-7)
+    assert q.codes.max() == 127 and q.codes.min() >= -112 and (q.codes[1, 32:64] == 0).all()
+    step = np.repeat(np.abs(q.scales), 32, axis=1)
     assert (np.abs(q.values(np.float64) - x) <= 0.5001 * step).all()
     halves = np.array([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5] + [0.0] * 26], np.float32)
     assert quantize_q8(halves).codes[0, :6].tolist() == [127, 0, 2, 2, 0, -2]
+    turned, both = quantize_q8(-halves), quantize_q8(np.array([[112.0, -112.0] + [56.0] * 30], np.float32))
+    assert turned.codes[0, :6].tolist() == [127, 0, 2, 2, 0, -2] and turned.scales[0, 0] == -1
+    assert both.codes[0, :3].tolist() == [112, -112, 56]
 
 
 @pytest.mark.parametrize("dtype, stored", [("bf16", ml_dtypes.bfloat16), ("f16", np.float16), ("f32", np.float32)])

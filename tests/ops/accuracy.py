@@ -43,19 +43,25 @@ def decode(raw: np.ndarray, dtype: str) -> np.ndarray | Q8:
         return raw.view(np.float32)
     if dtype == "bf16":
         return raw.view(ml_dtypes.bfloat16).astype(np.float32)
-    k = raw.shape[1] * 32 // 44  # K codes and 12 bytes for every 32 of them
-    codes, tail = raw[:, :k].view(np.int8), np.ascontiguousarray(raw[:, k:])
-    scales, scaled_sums = (tail[:, i * k // 8 : (i + 1) * k // 8].view(np.float32) for i in range(2))
-    sums = codes.reshape(len(raw), -1, 32).sum(axis=2, dtype=np.int32)
-    np.testing.assert_array_equal(tail[:, k // 4 :].view(np.int32), sums)
+    groups = raw.reshape(len(raw), -1, 48)  # 32 codes and four numbers of 4 bytes
+    codes, numbers = groups[:, :, :32].view(np.int8), np.ascontiguousarray(groups[:, :, 32:])
+    scales, scaled_sums = (numbers[:, :, i : i + 4].copy().view(np.float32)[..., 0] for i in (0, 4))
+    sums, paired = (numbers[:, :, i : i + 4].copy().view(np.int32)[..., 0] for i in (8, 12))
+    wide = codes.astype(np.int32)
+    np.testing.assert_array_equal(sums, wide.sum(axis=2))
     np.testing.assert_array_equal(scaled_sums, scales * sums.astype(np.float32))
-    assert codes.size == 0 or codes.min() >= -127
+    low, high = wide[:, :, :12], wide[:, :, 16:28]
+    np.testing.assert_array_equal(paired, -(low * high + 112 * high - 16 * low).sum(axis=2))
+    assert codes.size == 0 or codes.min() >= -112
+    codes = np.ascontiguousarray(codes).reshape(len(raw), -1)
     return Q8(codes, np.ascontiguousarray(scales))
 
 
 def steps_of(truth: np.ndarray) -> np.ndarray:
     """The size of a q8 step at each value."""
-    return np.repeat(np.abs(truth.reshape(len(truth), -1, 32)).max(axis=2) / 127, 32, axis=1)
+    groups = truth.reshape(len(truth), -1, 32)
+    extremes = np.sort(np.maximum([groups.max(axis=2), -groups.min(axis=2)], 0), axis=0)
+    return np.repeat(np.maximum(extremes[0] / 112, extremes[1] / 127), 32, axis=1)
 
 
 def assert_accurate(raw: np.ndarray, dtype: str, truth: np.ndarray, straightforward: np.ndarray) -> None:

@@ -66,6 +66,8 @@ inline F32 to_f(I32 a) { return halves_f([&](int h) { return _mm256_cvtepi32_ps(
 inline I32 to_i(F32 a) { return halves_i([&](int h) { return _mm256_cvtps_epi32(a.v[h]); }); }
 inline F32 round_even(F32 x) { return halves_f([&](int h) { return _mm256_round_ps(x.v[h], 8); }); }
 inline I32 max_i(I32 a, I32 b) { return halves_i([&](int h) { return _mm256_max_epi32(a.v[h], b.v[h]); }); }
+inline I32 max_u(I32 a, I32 b) { return halves_i([&](int h) { return _mm256_max_epu32(a.v[h], b.v[h]); }); }
+inline I32 mul_i(I32 a, I32 b) { return halves_i([&](int h) { return _mm256_mullo_epi32(a.v[h], b.v[h]); }); }
 inline I32 add_i(I32 a, I32 b) { return halves_i([&](int h) { return _mm256_add_epi32(a.v[h], b.v[h]); }); }
 inline I32 sub_i(I32 a, I32 b) { return halves_i([&](int h) { return _mm256_sub_epi32(a.v[h], b.v[h]); }); }
 inline I32 and_i(I32 a, I32 b) { return halves_i([&](int h) { return _mm256_and_si256(a.v[h], b.v[h]); }); }
@@ -188,6 +190,9 @@ inline __attribute__((always_inline)) I32 reduce8(const I32 (&v)[8], Fold fold) 
 }
 inline I32 reduce_max8(const I32 (&v)[8]) {
   return reduce8(v, [](__m256i a, __m256i b) { return _mm256_max_epi32(a, b); });
+}
+inline I32 reduce_max_u8(const I32 (&v)[8]) {
+  return reduce8(v, [](__m256i a, __m256i b) { return _mm256_max_epu32(a, b); });
 }
 inline I32 reduce_add8(const I32 (&v)[8]) {
   return reduce8(v, [](__m256i a, __m256i b) { return _mm256_add_epi32(a, b); });

@@ -42,7 +42,9 @@ inline F32 round_even(F32 x) {
 }
 inline I32 to_i(F32 a) { return __builtin_convertvector(round_even(a), I32); }
 inline I32 max_i(I32 a, I32 b) { return a > b ? a : b; }
+inline I32 max_u(I32 a, I32 b) { return (U32)a > (U32)b ? a : b; }
 inline I32 add_i(I32 a, I32 b) { return a + b; }
+inline I32 mul_i(I32 a, I32 b) { return a * b; }
 
 inline I32 low_nibbles(I32 w) { return w & 0x0f0f0f0f; }
 inline I32 high_nibbles(I32 w) { return (I32)((U32)w >> 4) & 0x0f0f0f0f; }
@@ -151,6 +153,13 @@ inline I32 reduce_max8(const I32 (&v)[8]) {
   for (int i = 0; i < 8; i++)
     for (int lane = 0; lane < 16; lane++) x[i] = v[i][lane] > x[i] ? v[i][lane] : x[i];
   return x;
+}
+inline I32 reduce_max_u8(const I32 (&v)[8]) {
+  I32 r{};
+  for (int i = 0; i < 8; i++)
+    for (int j = 0; j < 16; j++)
+      if ((uint32_t)v[i][j] > (uint32_t)r[i]) r[i] = v[i][j];
+  return r;
 }
 inline I32 reduce_add8(const I32 (&v)[8]) {
   I32 x = {};

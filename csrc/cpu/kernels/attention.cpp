@@ -136,7 +136,7 @@ struct Task {
       const F32 inverse = splat(1.0f / x.tile_l[row]);
       const float* o = x.tile_o + (size_t)row * dim;
       for (int i = 0; i < dim; i += 16) store_f(result + i, mul(load_f(o + i), inverse));
-      store_columns(a.out_dtype, s.at(a.out, token(row)), a.rope.heads * dim, result, head(row) * dim, dim);
+      store_columns(a.out_dtype, s.at(a.out, token(row)), result, head(row) * dim, dim);
     }
   }
 
@@ -144,7 +144,7 @@ struct Task {
   template <int N>
   void store_heads(int from) const {
     F32 low[2 * N], high[2 * N];
-    Q8Place at[2 * N];
+    Q8Group* at[2 * N];
 RL_UNROLL
     for (int i = 0; i < 2 * N; i++) {
       const int row = from + i / 2;
@@ -152,7 +152,7 @@ RL_UNROLL
       const F32 inverse = splat(1.0f / x.tile_l[row]);
       low[i] = mul(load_f(o), inverse);
       high[i] = mul(load_f(o + 16), inverse);
-      at[i] = q8_place(s.at(a.out, token(row)), a.rope.heads * 2 * kGroup, 2 * head(row) + i % 2);
+      at[i] = q8_group(s.at(a.out, token(row)), 2 * head(row) + i % 2);
     }
     store_q8<2 * N>(low, high, at);
   }

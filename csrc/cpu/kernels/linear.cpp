@@ -6,6 +6,9 @@
 #include "kernels/cache_ahead.h"
 #include "kernels/gemm_float.h"
 #include "kernels/gemm_q8.h"
+#if defined(RL_ISA_AVX512)
+#include "kernels/gemm_paired.h"
+#endif
 #include "kernels/quantize.h"
 #include "kernels/table.h"
 
@@ -64,23 +67,33 @@ class Ahead {
 };
 
 // R rows by P panels, P being 1 for more than two rows. `stream`: panels that are not in the cache yet, so what lies
-// further on is fetched as they are read.
-template <Format kFormat, int R, int P>
+// further on is fetched as they are read. kPaired: panels taken apart for gemm_paired.h.
+template <Format kFormat, bool kPaired, int R, int P>
 inline __attribute__((always_inline)) void gemm(F32 (&out)[P][R][2], const PackedMatrix& w, const uint8_t* const (&panels)[P],
                                                 const uint8_t* x, size_t stride, bool stream,
                                                 [[maybe_unused]] Ahead& ahead) {
   if constexpr (!is_quantized(kFormat)) {
 RL_UNROLL
     for (int p = 0; p < P; p++) gemm_float<kFormat, R>(out[p], w.k, panels[p], x, stride);
+#if defined(RL_ISA_AVX512)
+  } else if constexpr (kPaired) {
+    gemm_paired<kFormat, R>(out[0], w.k, (const PairedGroup*)panels[0], x, stride, ahead.take());
+#endif
   } else if constexpr (R <= kStreamRows) {
-    stream_q8<kFormat, R, P>(out, w.k, panels, (const int8_t*)x, stride, stream ? fetching.stream_ahead : 0);
+    stream_q8<kFormat, R, P>(out, w.k, panels, x, stride, stream ? fetching.stream_ahead : 0);
   } else {
     const bool whole = stream && kFormat == Format::Q8_0 && fetching.whole_panels;
     if (whole) fetch_panel(panels[0] + w.panel_bytes, w.panel_bytes);
     const size_t distance = stream && !whole ? fetching.ahead : 0;
-    gemm_q8<kFormat, R>(out[0], w.k, panels[0], (const int8_t*)x, stride, distance, ahead.take());
+    gemm_q8<kFormat, R>(out[0], w.k, panels[0], x, stride, distance, ahead.take());
   }
 }
+
+// A unit's panels, `bytes` each.
+struct Panels {
+  const uint8_t* at;
+  size_t bytes;
+};
 
 // A thread's rectangle of a product.
 struct Share {
@@ -96,20 +109,20 @@ struct Share {
 };
 
 // One register block: R rows from `row` by P units, `apart` from each other. A unit is a panel, or two panels with a
-// gated epilogue. `stream`: as above.
-template <Format kFormat, int R, int P>
-__attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const uint8_t* x, int unit, int apart, int row,
-                                     bool stream, Ahead& ahead) {
+// gated epilogue, and lies at `weights`, `panel_bytes` each. `stream`, kPaired: as above.
+template <Format kFormat, bool kPaired, int R, int P>
+__attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const uint8_t* x, Panels weights, int unit,
+                                     int apart, int row, bool stream, Ahead& ahead) {
   F32 acc[P][R][2];
   const uint8_t* panels[P];
-  for (int p = 0; p < P; p++) panels[p] = unit_at(a, unit + p * apart);
+  for (int p = 0; p < P; p++) panels[p] = weights.at + p * apart * (columns_of(a) / kPanel) * weights.bytes;
   if (R > kStreamRows && a.epilogue == Epilogue::None) {  // results go to a line or two of each row, far apart
     for (int r = 0; r < R; r++) {
       const float* out = (const float*)s.at(a.out, row + r) + unit * kPanel;
       prefetch_write(out), prefetch_write(out + kTile);
     }
   }
-  gemm<kFormat, R, P>(acc, a.w, panels, x, a.x.stride, stream, ahead);
+  gemm<kFormat, kPaired, R, P>(acc, a.w, panels, x, a.x.stride, stream, ahead);
   if (a.epilogue == Epilogue::None) {
     for (int p = 0; p < P; p++) {
       int column = (unit + p * apart) * kPanel, width = std::min(kPanel, a.w.n - column);
@@ -138,15 +151,15 @@ RL_UNROLL
   };
   gates(low);
   const bool pair = (unit + 1) * 2 * kPanel <= a.w.n;  // false at most for a last unit, which then is alone
-  for (int p = 0; p < P; p++) panels[p] += a.w.panel_bytes;
-  if (pair) gemm<kFormat, R, P>(acc, a.w, panels, x, a.x.stride, stream, ahead);
+  for (int p = 0; p < P; p++) panels[p] += weights.bytes;
+  if (pair) gemm<kFormat, kPaired, R, P>(acc, a.w, panels, x, a.x.stride, stream, ahead);
   gates(high);
   for (int p = 0; p < P; p++) {
     const int at = unit + p * apart;
     if (a.out_dtype == Dtype::Q8) {
-      Q8Place places[R];
-      for (int r = 0; r < R; r++) places[r] = q8_place(s.at(a.out, row + r), a.w.n / 2, at);
-      store_q8<R>(low[p], high[p], places);
+      Q8Group* groups[R];
+      for (int r = 0; r < R; r++) groups[r] = q8_group(s.at(a.out, row + r), at);
+      store_q8<R>(low[p], high[p], groups);
       continue;
     }
     for (int r = 0; r < R; r++) {
@@ -162,17 +175,17 @@ RL_UNROLL
   }
 }
 
-using Block = void (*)(const LinearArgs&, const Step&, const uint8_t*, int, int, int, bool, Ahead&);
+using Block = void (*)(const LinearArgs&, const Step&, const uint8_t*, Panels, int, int, int, bool, Ahead&);
 
 // By rows, then one and two rows by two units.
 template <Format kFormat>
 constexpr Block kBlocks[kMaxRows + 1 + kStreamRows] = {
     nullptr,
-    block<kFormat, 1, 1>, block<kFormat, 2, 1>, block<kFormat, 3, 1>, block<kFormat, 4, 1>,
+    block<kFormat, false, 1, 1>, block<kFormat, false, 2, 1>, block<kFormat, false, 3, 1>, block<kFormat, false, 4, 1>,
 #if !defined(RL_ISA_AVX2)
-    block<kFormat, 5, 1>, block<kFormat, 6, 1>, block<kFormat, 7, 1>, block<kFormat, 8, 1>,
+    block<kFormat, false, 5, 1>, block<kFormat, false, 6, 1>, block<kFormat, false, 7, 1>, block<kFormat, false, 8, 1>,
 #endif
-    block<kFormat, 1, 2>, block<kFormat, 2, 2>};
+    block<kFormat, false, 1, 2>, block<kFormat, false, 2, 2>};
 
 const Block* blocks_of(Format f) {
   switch (f) {
@@ -183,6 +196,48 @@ const Block* blocks_of(Format f) {
     case Format::Q4_0: return kBlocks<Format::Q4_0>;
     default: return kBlocks<Format::Q4_1>;
   }
+}
+
+#if defined(RL_ISA_AVX512)
+constexpr int kPairedRows = 25;  // from here on taking a unit apart is worth its while: five register blocks and more
+
+template <Format kFormat>
+constexpr Block kPairedBlocks[kManyRows + 1] = {
+    nullptr, nullptr, nullptr, nullptr,
+    block<kFormat, true, 4, 1>, block<kFormat, true, 5, 1>, block<kFormat, true, 6, 1>};
+
+template <Format kFormat>
+Panels take_unit_apart(const LinearArgs& a, int unit, uint8_t* scratch, bool stream) {
+  const int groups = a.w.k / kGroup;
+  PairedGroup* to = (PairedGroup*)scratch;
+  const int panels = std::min(columns_of(a), a.w.n - unit * columns_of(a) + kPanel - 1) / kPanel;
+  for (int p = 0; p < panels; p++)
+    take_apart<kFormat>(to + (size_t)p * groups, a.w.k, unit_at(a, unit) + p * a.w.panel_bytes, stream ? fetching.ahead : 0);
+  return {scratch, groups * sizeof(PairedGroup)};
+}
+#endif
+
+// Whether `rows` of the layer are multiplied by weights that have been taken apart.
+bool is_paired([[maybe_unused]] const LinearArgs& a, [[maybe_unused]] int rows) {
+#if defined(RL_ISA_AVX512)
+  const size_t bytes = (size_t)(columns_of(a) / kPanel) * (a.w.k / kGroup) * sizeof(PairedGroup);
+  return adds_beside_products && rows >= kPairedRows && can_pair(a.w.format) && bytes <= kScratchBytes;
+#else
+  return false;
+#endif
+}
+
+// A unit's panels as such blocks read them, and those blocks.
+Panels take_apart([[maybe_unused]] const LinearArgs& a, [[maybe_unused]] int unit, [[maybe_unused]] uint8_t* scratch,
+                  [[maybe_unused]] bool stream, [[maybe_unused]] const Block*& blocks) {
+#if defined(RL_ISA_AVX512)
+  const bool minima = a.w.format == Format::Q4_1;
+  blocks = minima ? kPairedBlocks<Format::Q4_1> : kPairedBlocks<Format::Q4_0>;
+  return minima ? take_unit_apart<Format::Q4_1>(a, unit, scratch, stream)
+                : take_unit_apart<Format::Q4_0>(a, unit, scratch, stream);
+#else
+  return {};
+#endif
 }
 
 // Runs the layer on tile registers, where there are any and its weights and activations are made for them.
@@ -207,9 +262,12 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
   CacheAhead cache(a, s, w);
   if (rows == 0 || on_tiles(a, s, w, cache, units)) return;
   Ahead ahead(a, cache);
+  auto panels_of = [&](int unit) { return Panels{unit_at(a, unit), a.w.panel_bytes}; };
+  // Rows [row_begin, row_end) by a unit whose panels are `panels`, in register blocks of at most `most` rows.
   // `cold`: this thread has not read the unit yet. `next`: the one it reads next, to be fetched meanwhile, or null.
-  auto run = [&](int unit, int row_begin, int row_end, bool cold, const uint8_t* next) {
-    const int count = row_end - row_begin, most = rows <= kFewRows ? kMaxRows : kManyRows, parts = (count + most - 1) / most;
+  auto run = [&](const Block* by, Panels panels, int most, int unit, int row_begin, int row_end, bool cold,
+                 const uint8_t* next) {
+    const int count = row_end - row_begin, parts = (count + most - 1) / most;
     const bool fetched = parts > 1 && next && is_quantized(a.w.format);
     ahead.divide(parts);
     if (fetched) ahead.expect(next, unit_at(a, 1) - unit_at(a, 0));
@@ -217,15 +275,21 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
       int from = row_begin + count * b / parts, to = row_begin + count * (b + 1) / parts;
       const uint8_t* x = s.at(a.x, rows == 1 && a.per_thread ? w.thread : from);
       if (b == parts - 1) ahead.hurry();
-      blocks[to - from](a, s, x, unit, 0, from, cold && b == 0 && !fetched, ahead);
+      by[to - from](a, s, x, panels, unit, 0, from, cold && b == 0 && !fetched, ahead);
     }
   };
+  const int most = rows <= kFewRows ? kMaxRows : kManyRows;
   if (w.team.has_blocks(rows)) {  // each thread computes its own rows and reads all the weights
+    int least = rows;
+    w.team.own(w.thread, rows, [&](int begin, int end) { least = std::min(least, end - begin); });
+    const bool paired = is_paired(a, least);
     for (int unit = 0; unit < units; unit++) {
-      bool cold = true;
+      bool cold = !paired;
+      const Panels panels = paired ? take_apart(a, unit, w.scratch, unit == 0, blocks) : panels_of(unit);
+      const uint8_t* next = paired && unit + 1 < units ? unit_at(a, unit + 1) : nullptr;
       w.team.own(w.thread, rows, [&](int begin, int end) {
-        run(unit, begin, end, cold, nullptr);
-        cold = false;
+        run(blocks, panels, most, unit, begin, end, cold, next);
+        cold = false, next = nullptr;
       });
     }
     return;
@@ -233,16 +297,21 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
   // Else each has a fixed rectangle, so that its weights stay in its caches from step to step.
   const Share share(units, rows, w);
   const uint8_t* after = a.next ? unit_at(*a.next, Share(units_of(*a.next), s.rows(a.next->rows), w).unit_begin) : nullptr;
+  const int count = share.row_end - share.row_begin;
   int unit = share.unit_begin;
-  if (fetching.two_streams && share.row_end - share.row_begin <= kStreamRows && is_quantized(a.w.format)) {
+  if (fetching.two_streams && count <= kStreamRows && is_quantized(a.w.format)) {
     const int whole = std::min(share.unit_end, a.w.n / columns_of(a)), half = std::max(0, whole - unit) / 2;
-    const int count = share.row_end - share.row_begin;
     const uint8_t* x = s.at(a.x, rows == 1 && a.per_thread ? w.thread : share.row_begin);
-    for (int i = 0; i < half; i++) blocks[kMaxRows + count](a, s, x, unit + i, half, share.row_begin, true, ahead);
+    for (int i = 0; i < half; i++)
+      blocks[kMaxRows + count](a, s, x, panels_of(unit + i), unit + i, half, share.row_begin, true, ahead);
     unit += 2 * half;
   }
-  for (; unit < share.unit_end; unit++)
-    run(unit, share.row_begin, share.row_end, true, unit + 1 < share.unit_end ? unit_at(a, unit + 1) : after);
+  const bool paired = is_paired(a, count);
+  for (; unit < share.unit_end; unit++) {
+    const Panels panels = paired ? take_apart(a, unit, w.scratch, false, blocks) : panels_of(unit);
+    run(blocks, panels, paired ? kManyRows : most, unit, share.row_begin, share.row_end, !paired,
+        unit + 1 < share.unit_end ? unit_at(a, unit + 1) : after);
+  }
 }
 
 }  // namespace ridgeline::RL_ISA

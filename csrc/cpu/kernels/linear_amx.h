@@ -186,10 +186,10 @@ RL_UNROLL
 
   // `pair`: low_ holds what the unit's first panel gave.
   void store_gated(int unit, bool pair, const float* scales) const {
-    each_row(scales, [unit, pair, low = low_, dtype = a_.out_dtype, k = a_.w.n / 2](int i, uint8_t* row, F32 a, F32 b) {
+    each_row(scales, [unit, pair, low = low_, dtype = a_.out_dtype](int i, uint8_t* row, F32 a, F32 b) {
       const F32 y = gated(dtype, a, b);
       if (dtype == Dtype::Q8) {
-        const Q8Place at = q8_place(row, k, unit);
+        Q8Group* at = q8_group(row, unit);
         const F32 first = load_f(low[i]);
         store_q8<1>(&first, &y, &at);
       } else if (pair) {

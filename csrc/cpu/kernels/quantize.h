@@ -9,51 +9,62 @@
 
 namespace ridgeline::RL_ISA {
 
-// Where one group of a q8 row goes.
-struct Q8Place {
-  uint8_t* codes;
-  float *scale, *scaled_sum;
-  int32_t* sum;
-};
-inline Q8Place q8_place(uint8_t* row, int k, int g) {
-  return {row + kGroup * g, (float*)(row + q8_scales_at(k)) + g, (float*)(row + q8_scaled_sums_at(k)) + g,
-          (int32_t*)(row + q8_sums_at(k)) + g};
+// A group of a row of q8.
+inline Q8Group* q8_group(uint8_t* row, int g) { return (Q8Group*)row + g; }
+
+// By lane, (low + kLowBias) * (high + kHighBias) of the pairs of codes that gemm_paired.h multiplies so.
+inline I32 paired_terms(I32 low, I32 high) {
+  const I32 terms = mul_i(add_i(low, splat_i(kLowBias)), add_i(high, splat_i(kHighBias)));
+  return bits(keep_first(from_bits(terms), 4 * kPairedWords, zero_f()));
 }
 
-// Quantizes N groups of 32 values (a then b): scale = max|x| / 127, codes rounded to even.
+// Quantizes N groups of 32 values (a then b), as packed.h says: codes rounded to even.
 template <int N>
-inline __attribute__((always_inline)) void store_q8(const F32* a, const F32* b, const Q8Place* at) {
+inline __attribute__((always_inline)) void store_q8(const F32* a, const F32* b, Q8Group* const* at) {
   static_assert(N <= 8);
-  I32 top[8], total[8];
-  // Magnitudes are compared as integers, where NaN is the largest: one NaN makes its group's scale NaN.
+  I32 top[8], bottom[8], total[8], paired[8];
+  // Numbers are compared as integers: signed, the largest is the greatest, unsigned, the lowest if any is negative. NaN is
+  // the extreme one way or the other, and makes its group's scale NaN.
 RL_UNROLL
-  for (int i = 0; i < 8; i++) top[i] = i < N ? max_i(bits(abs(a[i])), bits(abs(b[i]))) : zero_i();
-  const F32 largest = from_bits(reduce_max8(top));
+  for (int i = 0; i < 8; i++) {
+    top[i] = i < N ? max_i(bits(a[i]), bits(b[i])) : zero_i();
+    bottom[i] = i < N ? max_u(bits(a[i]), bits(b[i])) : zero_i();
+  }
+  const F32 positive = from_bits(max_i(reduce_max8(top), zero_i()));
+  const F32 negative = from_bits(max_i(xor_i(reduce_max_u8(bottom), splat_i(INT32_MIN)), zero_i()));
+  const F32 largest = from_bits(max_i(bits(positive), bits(negative)));
+  const F32 extent = max(mul(min(positive, negative), splat(kMostCode / -(float)kLeastCode)), largest);  // lets a NaN through
   // A maximum of 0, or too small to invert, would give infinity, and infinity times 0 is no code.
-  const F32 inverse = min(div(splat(127.0f), largest), splat(std::numeric_limits<float>::max()));
+  F32 inverse = min(div(splat(kMostCode), extent), splat(std::numeric_limits<float>::max()));
+  F32 scale = div(extent, splat(kMostCode));
+  const uint32_t turned = below(positive, negative);
+  inverse = blend(turned, sub(zero_f(), inverse), inverse);
+  scale = blend(turned, sub(zero_f(), scale), scale);
   alignas(64) float scales[16], inverses[16], scaled_sums[16];
-  alignas(64) int32_t sums[16];
-  const F32 scale = div(largest, splat(127.0f));
+  alignas(64) int32_t sums[16], corrections[16];
   store_f(scales, scale);
   store_f(inverses, inverse);
 RL_UNROLL
   for (int i = 0; i < N; i++) {
     const F32 factor = splat(inverses[kLaneOf[i]]);
     const I32 low = to_i(mul(a[i], factor)), high = to_i(mul(b[i], factor));
-    store_i8(at[i].codes, low);
-    store_i8(at[i].codes + 16, high);
+    store_i8(at[i]->codes, low);
+    store_i8(at[i]->codes + 16, high);
     total[i] = add_i(low, high);
+    paired[i] = paired_terms(low, high);
   }
 RL_UNROLL
-  for (int i = N; i < 8; i++) total[i] = zero_i();
+  for (int i = N; i < 8; i++) total[i] = paired[i] = zero_i();
   const I32 sum = reduce_add8(total);
   store_i(sums, sum);
   store_f(scaled_sums, mul(scale, to_f(sum)));
+  store_i(corrections, sub_i(splat_i(4 * kPairedWords * kLowBias * kHighBias), reduce_add8(paired)));
 RL_UNROLL
   for (int i = 0; i < N; i++) {
-    *at[i].scale = scales[kLaneOf[i]];
-    *at[i].scaled_sum = scaled_sums[kLaneOf[i]];
-    *at[i].sum = sums[kLaneOf[i]];
+    at[i]->scale = scales[kLaneOf[i]];
+    at[i]->scaled_sum = scaled_sums[kLaneOf[i]];
+    at[i]->sum = sums[kLaneOf[i]];
+    at[i]->paired = corrections[kLaneOf[i]];
   }
 }
 
@@ -71,26 +82,26 @@ inline void store_pair(Dtype dtype, uint8_t* row, int i, F32 a, F32 b) {
   }
 }
 
-// Groups [g, g + N) of a row of k values; x points at the first of them.
+// Groups [g, g + N) of a row; x points at the first of their values.
 template <int N>
-inline void store_groups(uint8_t* row, int k, int g, const float* x) {
+inline void store_groups(uint8_t* row, int g, const float* x) {
   F32 a[N], b[N];
-  Q8Place at[N];
+  Q8Group* at[N];
   for (int i = 0; i < N; i++) {
     a[i] = load_f(x + kGroup * i);
     b[i] = load_f(x + kGroup * i + 16);
-    at[i] = q8_place(row, k, g + i);
+    at[i] = q8_group(row, g + i);
   }
   store_q8<N>(a, b, at);
 }
 
-// Columns [from, from + n) of a row of k values; x points at the first of them. A q8 row takes whole groups.
-inline void store_columns(Dtype dtype, uint8_t* row, int k, const float* x, int from, int n) {
+// Columns [from, from + n) of a row; x points at the first of them. A q8 row takes whole groups.
+inline void store_columns(Dtype dtype, uint8_t* row, const float* x, int from, int n) {
   int i = 0;
   if (dtype == Dtype::Q8) {
-    for (; i + 8 * kGroup <= n; i += 8 * kGroup) store_groups<8>(row, k, (from + i) / kGroup, x + i);
-    for (; i + 2 * kGroup <= n; i += 2 * kGroup) store_groups<2>(row, k, (from + i) / kGroup, x + i);
-    for (; i + kGroup <= n; i += kGroup) store_groups<1>(row, k, (from + i) / kGroup, x + i);
+    for (; i + 8 * kGroup <= n; i += 8 * kGroup) store_groups<8>(row, (from + i) / kGroup, x + i);
+    for (; i + 2 * kGroup <= n; i += 2 * kGroup) store_groups<2>(row, (from + i) / kGroup, x + i);
+    for (; i + kGroup <= n; i += kGroup) store_groups<1>(row, (from + i) / kGroup, x + i);
     return;
   }
   const size_t width = dtype == Dtype::BF16 ? 2 : 4;
@@ -104,6 +115,6 @@ inline void store_columns(Dtype dtype, uint8_t* row, int k, const float* x, int 
   __builtin_memcpy(out + width * i, stored, width * (n - i));
 }
 
-inline void store_row(Dtype dtype, uint8_t* row, int k, const float* x) { store_columns(dtype, row, k, x, 0, k); }
+inline void store_row(Dtype dtype, uint8_t* row, int k, const float* x) { store_columns(dtype, row, x, 0, k); }
 
 }  // namespace ridgeline::RL_ISA

@@ -50,7 +50,7 @@ class Q8:
     """Activations quantized to int8 per 32 of K.
 
     Attributes:
-        codes: [rows, K] int8 in -127..127.
+        codes: [rows, K] int8 in -112..127.
         scales: [rows, K / 32] float32.
     """
 
@@ -68,16 +68,18 @@ class Q8:
 
 
 def quantize_q8(x: Array) -> Q8:
-    """Scale = amax / 127, code = nearest (ties to even) of x * (127 / amax); all in float32.
+    """Codes of -112 to 127, nearest (ties to even), the greatest magnitude positive; all in float32.
 
-    ``x`` is [rows, K] with K a multiple of 32. A group of zeros has scale 0 and codes 0.
+    A group's extent is its greatest magnitude, or 127/112 of the greatest of the other sign if that is more. Its scale is
+    extent / 127, negated where the greatest magnitude is a negative number's; csrc/cpu/packed.h says what for.
+    ``x`` is [rows, K] with K a multiple of 32. A group of zeros has scale 0 and codes 0; one NaN makes the scale NaN.
     """
     groups = x.astype(np.float32).reshape(x.shape[0], x.shape[1] // Q8_GROUP, Q8_GROUP)
-    amax = np.abs(groups).max(axis=2)
-    scales = amax / np.float32(127)
-    inverse = np.zeros_like(amax)
-    with np.errstate(over="ignore"):  # 127 / denormal is infinite; the codes saturate
-        np.divide(np.float32(127), amax, out=inverse, where=amax > 0)
-    with np.errstate(invalid="ignore"):
-        codes = np.clip(np.rint(groups * inverse[:, :, None]), -127, 127)
-    return Q8(np.nan_to_num(codes).astype(np.int8).reshape(x.shape), scales)
+    positive, negative = (np.maximum(sign * groups, 0).max(axis=2) for sign in (np.float32(1), np.float32(-1)))
+    most, ratio = np.float32(127), np.float32(127) / np.float32(112)
+    sign = np.where(negative > positive, np.float32(-1), np.float32(1))
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # 127 / denormal is infinite
+        extent = np.maximum(np.minimum(positive, negative) * ratio, np.maximum(positive, negative))
+        inverse = np.minimum(most / extent, np.finfo(np.float32).max)
+        codes = np.rint(groups * (sign * inverse)[:, :, None])
+    return Q8(np.nan_to_num(codes).astype(np.int8).reshape(x.shape), sign * extent / most)
