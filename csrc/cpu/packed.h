@@ -76,11 +76,16 @@ struct Q8Group {
   float scale;
   float scaled_sum;  // scale * sum
   int32_t sum;       // of the codes
-  int32_t paired;    // what gemm_paired.h takes off for the first kPairedWords * 4 pairs of codes, negative
+  int32_t paired;    // -sum(a b + kSecondBias a + kFirstBias b) over the pairs that gemm_paired.h multiplies, or 0 where
+                     // there is no such kernel: a of the first kPairedWords words, b 16 codes on
 };
+static_assert(sizeof(Q8Group) == 48);  // graph/ir.py counts on it
 inline constexpr int kLeastCode = -112, kMostCode = 127;
 inline constexpr int kPairedWords = 3;  // of a group's 4 (codes 4 j to 4 j + 3 with codes 16 + 4 j on)
-inline constexpr int kLowBias = 112, kHighBias = -16;  // of weights' codes there, so that all sums are in range
-inline constexpr size_t q8_row_bytes(int k) { return (size_t)(k / kGroup) * sizeof(Q8Group); }
+// Added to the weights that are added to a (those of b, high nibbles), and to the others: sums fit an unsigned byte and a
+// signed one.
+inline constexpr int kFirstBias = 112, kSecondBias = -16, kMostWeight = 15;
+static_assert(kLeastCode + kFirstBias >= 0 && kMostCode + kMostWeight + kFirstBias <= 255);
+static_assert(kLeastCode + kSecondBias >= -128 && kMostCode + kMostWeight + kSecondBias <= 127);
 
 }  // namespace ridgeline

@@ -184,7 +184,7 @@ def row_bytes(value: Value) -> int:
     """Bytes of the payload of one row, before padding.
 
     A "q8" row holds for every 32 values their int8 codes, a float32 scale, the float32 product scale * sum(codes), the
-    int32 sum and an int32 that paired products take off: 48 bytes.
+    int32 sum and an int32 that only some kernels want (csrc/cpu/packed.h): 48 bytes.
     """
     elements = row_elements(value)
     if value.dtype == "q8":

@@ -67,7 +67,6 @@ inline I32 to_i(F32 a) { return halves_i([&](int h) { return _mm256_cvtps_epi32(
 inline F32 round_even(F32 x) { return halves_f([&](int h) { return _mm256_round_ps(x.v[h], 8); }); }
 inline I32 max_i(I32 a, I32 b) { return halves_i([&](int h) { return _mm256_max_epi32(a.v[h], b.v[h]); }); }
 inline I32 max_u(I32 a, I32 b) { return halves_i([&](int h) { return _mm256_max_epu32(a.v[h], b.v[h]); }); }
-inline I32 mul_i(I32 a, I32 b) { return halves_i([&](int h) { return _mm256_mullo_epi32(a.v[h], b.v[h]); }); }
 inline I32 add_i(I32 a, I32 b) { return halves_i([&](int h) { return _mm256_add_epi32(a.v[h], b.v[h]); }); }
 inline I32 sub_i(I32 a, I32 b) { return halves_i([&](int h) { return _mm256_sub_epi32(a.v[h], b.v[h]); }); }
 inline I32 and_i(I32 a, I32 b) { return halves_i([&](int h) { return _mm256_and_si256(a.v[h], b.v[h]); }); }
@@ -94,7 +93,7 @@ inline I32 dot_u8s8(I32 acc, I32 u, I32 s) {
                             _mm256_add_epi32(_mm256_madd_epi16(u_even, s_even), _mm256_madd_epi16(u_odd, s_odd)));
   });
 }
-// 16-bit sums of two products each, of numbers of 4 bits by int8 from -127 on: exact for up to eight additions.
+// 16-bit sums of two products each, of numbers of 4 bits by int8: exact for up to eight additions.
 // Assembly, as GCC 12 puts off additions until their terms no longer fit the registers: half the speed.
 inline __attribute__((always_inline)) I32 dot_u4s8(I32 acc, I32 u, I32 s) {
   for (int h = 0; h < 2; h++) {

@@ -43,7 +43,6 @@ inline F32 from_bits(I32 a) { return _mm512_castsi512_ps(a); }
 inline I32 max_i(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
 inline I32 max_u(I32 a, I32 b) { return _mm512_max_epu32(a, b); }  // of unsigned numbers
 inline I32 add_i(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
-inline I32 mul_i(I32 a, I32 b) { return _mm512_mullo_epi32(a, b); }
 
 // Bytes: both nibbles of each byte of a 64-byte record.
 inline I32 low_nibbles(I32 w) { return _mm512_and_si512(w, _mm512_set1_epi8(0x0f)); }
@@ -65,7 +64,7 @@ inline __attribute__((always_inline)) void dot_paired(I32& c0, I32& c1, I32 a, I
   asm volatile(
       "vpaddb %[a], %[h0], %[x]\n\tvpaddb %[b], %[l0], %[y]\n\tvpaddb %[a], %[h1], %[a]\n\tvpaddb %[b], %[l1], %[b]\n\t"
       "vpdpbusd %[y], %[x], %[c0]\n\tvpdpbusd %[b], %[a], %[c1]"
-      : [c0] "+v"(c0), [c1] "+v"(c1), [a] "+v"(a), [b] "+v"(b), [x] "=&v"(x), [y] "=&v"(y)
+      : [c0] "+v"(c0), [c1] "+v"(c1), [a] "+&v"(a), [b] "+&v"(b), [x] "=&v"(x), [y] "=&v"(y)
       : [h0] "v"(high[0]), [h1] "v"(high[1]), [l0] "v"(low[0]), [l1] "v"(low[1]));
 }
 inline F32 high_bf16(I32 x) { return from_bits(_mm512_and_si512(x, splat_i((int32_t)0xffff0000))); }
@@ -78,7 +77,6 @@ inline void store_f16(void* p, F32 x) { _mm256_storeu_si256((__m256i*)p, _mm512_
 inline void store_bf16(void* p, F32 x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
 // Both rounded to bf16, a's sixteen first.
 inline I32 pack_bf16(F32 a, F32 b) { return (I32)_mm512_cvtne2ps_pbh(b, a); }
-inline void store_i8(void* p, I32 x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x)); }
 
 inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
 inline int32_t reduce_max_i(I32 x) { return _mm512_reduce_max_epi32(x); }

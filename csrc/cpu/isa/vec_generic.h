@@ -44,7 +44,6 @@ inline I32 to_i(F32 a) { return __builtin_convertvector(round_even(a), I32); }
 inline I32 max_i(I32 a, I32 b) { return a > b ? a : b; }
 inline I32 max_u(I32 a, I32 b) { return (U32)a > (U32)b ? a : b; }
 inline I32 add_i(I32 a, I32 b) { return a + b; }
-inline I32 mul_i(I32 a, I32 b) { return a * b; }
 
 inline I32 low_nibbles(I32 w) { return w & 0x0f0f0f0f; }
 inline I32 high_nibbles(I32 w) { return (I32)((U32)w >> 4) & 0x0f0f0f0f; }

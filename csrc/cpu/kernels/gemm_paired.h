@@ -2,17 +2,20 @@
 //
 // S. Winograd, "A New Algorithm for Inner Product" (IEEE Transactions on Computers, 1968): for pairs of activations (a, b)
 // and weights (v, w), sum(a v + b w) = sum((a + w) (b + v)) - sum(a b) - sum(v w), and the last two sums hang on the row
-// alone and on the column alone. Where byte additions start beside products, on pipes that products do not use, three
-// operations take the time of two products and do the work of four. Sums are exact integers: the bits are gemm_q8.h's.
+// alone and on the column alone. One product and two additions do the work of two products then; where byte additions start
+// beside products, twice as many pipes share them. Sums are exact integers: the bits are gemm_q8.h's.
 //
 // A pair is what lies in a byte of 4-bit codes, K i and K 16 + i of a group. Both sums must fit a byte, of which the first
-// is unsigned: to its weights kLowBias is added, to the second's kHighBias, and activations are quantized to suit
+// is unsigned: to its weights kFirstBias is added, to the second's kSecondBias, and activations are quantized to suit
 // (packed.h). The last word of a group is multiplied as in gemm_q8.h, which keeps all pipes equally busy.
 #pragma once
 
 #include "kernels/gemm_q8.h"
 
 namespace ridgeline::RL_ISA {
+
+// That is what high_nibbles_plus_112 and low_nibbles_minus_16 add.
+static_assert(kFirstBias == 112 && kSecondBias == -16);
 
 // A group of a panel, taken apart once for all rows.
 struct PairedGroup {

@@ -109,7 +109,7 @@ struct Share {
 };
 
 // One register block: R rows from `row` by P units, `apart` from each other. A unit is a panel, or two panels with a
-// gated epilogue, and lies at `weights`, `panel_bytes` each. `stream`, kPaired: as above.
+// gated epilogue, at `weights`. `stream`, kPaired: as above.
 template <Format kFormat, bool kPaired, int R, int P>
 __attribute__((noinline)) void block(const LinearArgs& a, const Step& s, const uint8_t* x, Panels weights, int unit,
                                      int apart, int row, bool stream, Ahead& ahead) {
@@ -198,13 +198,14 @@ const Block* blocks_of(Format f) {
   }
 }
 
+// From so many rows on, taking a unit apart is worth its while: at least four register blocks of five or six rows.
+constexpr int kPairedRows = 20;
 #if defined(RL_ISA_AVX512)
-constexpr int kPairedRows = 25;  // from here on taking a unit apart is worth its while: five register blocks and more
+static_assert(kManyRows == 6);
 
 template <Format kFormat>
 constexpr Block kPairedBlocks[kManyRows + 1] = {
-    nullptr, nullptr, nullptr, nullptr,
-    block<kFormat, true, 4, 1>, block<kFormat, true, 5, 1>, block<kFormat, true, 6, 1>};
+    nullptr, nullptr, nullptr, nullptr, nullptr, block<kFormat, true, 5, 1>, block<kFormat, true, 6, 1>};
 
 template <Format kFormat>
 Panels take_unit_apart(const LinearArgs& a, int unit, uint8_t* scratch, bool stream) {
@@ -257,16 +258,16 @@ bool on_tiles([[maybe_unused]] const LinearArgs& a, [[maybe_unused]] const Step&
 }  // namespace
 
 void linear(const LinearArgs& a, const Step& s, Worker& w) {
-  const Block* blocks = blocks_of(a.w.format);
+  const Block *blocks = blocks_of(a.w.format), *by_pairs = nullptr;
   const int rows = s.rows(a.rows), units = units_of(a);
   CacheAhead cache(a, s, w);
   if (rows == 0 || on_tiles(a, s, w, cache, units)) return;
   Ahead ahead(a, cache);
   auto panels_of = [&](int unit) { return Panels{unit_at(a, unit), a.w.panel_bytes}; };
+  const int most = rows <= kFewRows ? kMaxRows : kManyRows;
   // Rows [row_begin, row_end) by a unit whose panels are `panels`, in register blocks of at most `most` rows.
   // `cold`: this thread has not read the unit yet. `next`: the one it reads next, to be fetched meanwhile, or null.
-  auto run = [&](const Block* by, Panels panels, int most, int unit, int row_begin, int row_end, bool cold,
-                 const uint8_t* next) {
+  auto run = [&](const Block* by, Panels panels, int unit, int row_begin, int row_end, bool cold, const uint8_t* next) {
     const int count = row_end - row_begin, parts = (count + most - 1) / most;
     const bool fetched = parts > 1 && next && is_quantized(a.w.format);
     ahead.divide(parts);
@@ -278,17 +279,17 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
       by[to - from](a, s, x, panels, unit, 0, from, cold && b == 0 && !fetched, ahead);
     }
   };
-  const int most = rows <= kFewRows ? kMaxRows : kManyRows;
   if (w.team.has_blocks(rows)) {  // each thread computes its own rows and reads all the weights
-    int least = rows;
-    w.team.own(w.thread, rows, [&](int begin, int end) { least = std::min(least, end - begin); });
-    const bool paired = is_paired(a, least);
+    int widest = 0;  // of its blocks of rows; the last one may be short
+    w.team.own(w.thread, rows, [&](int begin, int end) { widest = std::max(widest, end - begin); });
+    const bool paired = is_paired(a, widest);
     for (int unit = 0; unit < units; unit++) {
       bool cold = !paired;
-      const Panels panels = paired ? take_apart(a, unit, w.scratch, unit == 0, blocks) : panels_of(unit);
+      const Panels packed = panels_of(unit), apart = paired ? take_apart(a, unit, w.scratch, unit == 0, by_pairs) : packed;
       const uint8_t* next = paired && unit + 1 < units ? unit_at(a, unit + 1) : nullptr;
       w.team.own(w.thread, rows, [&](int begin, int end) {
-        run(blocks, panels, most, unit, begin, end, cold, next);
+        const bool pairs = paired && end - begin >= kPairedRows;
+        run(pairs ? by_pairs : blocks, pairs ? apart : packed, unit, begin, end, cold, next);
         cold = false, next = nullptr;
       });
     }
@@ -308,8 +309,9 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
   }
   const bool paired = is_paired(a, count);
   for (; unit < share.unit_end; unit++) {
-    const Panels panels = paired ? take_apart(a, unit, w.scratch, false, blocks) : panels_of(unit);
-    run(blocks, panels, paired ? kManyRows : most, unit, share.row_begin, share.row_end, !paired,
+    const bool stream = unit == share.unit_begin;  // which the operator before may not have fetched
+    const Panels panels = paired ? take_apart(a, unit, w.scratch, stream, by_pairs) : panels_of(unit);
+    run(paired ? by_pairs : blocks, panels, unit, share.row_begin, share.row_end, !paired,
         unit + 1 < share.unit_end ? unit_at(a, unit + 1) : after);
   }
 }

@@ -6,83 +6,39 @@
 #include "isa/isa.h"
 #include "packed.h"
 #include "step.h"
+#if defined(RL_ISA_AVX512) || defined(RL_ISA_AMX)
+#include "kernels/quantize_avx512.h"
+#endif
 
 namespace ridgeline::RL_ISA {
 
 // A group of a row of q8.
 inline Q8Group* q8_group(uint8_t* row, int g) { return (Q8Group*)row + g; }
 
-// Sixteen codes, and storing the numbers behind N groups' codes; scales are in the lanes of kLaneOf.
-#if defined(RL_ISA_AVX512) || defined(RL_ISA_AMX)
-using CodeVector = __m128i;
-inline CodeVector codes_of(F32 x) { return _mm512_cvtsepi32_epi8(to_i(x)); }
-inline void store_codes(int8_t* p, CodeVector x) { _mm_storeu_si128((__m128i*)p, x); }
-
-// Four groups' codes to a register, where byte products sum them by fours; `low`, `high`: each group's, as bytes.
-template <int N>
-inline __attribute__((always_inline)) void store_numbers(Q8Group* const* at, const __m128i (&low)[8],
-                                                         const __m128i (&high)[8], F32 scale) {
-  auto four = [](const __m128i* x) {
-    const __m256i a = _mm256_inserti128_si256(_mm256_castsi128_si256(x[0]), x[1], 1);
-    const __m256i b = _mm256_inserti128_si256(_mm256_castsi128_si256(x[2]), x[3], 1);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-  };
-  const I32 one = _mm512_set1_epi8(1), low_bias = _mm512_set1_epi8(kLowBias), high_bias = _mm512_set1_epi8(kHighBias);
-  I32 sums[2];  // by 128 bits, a group's sum and pairs, twice
-RL_UNROLL
-  for (int i = 0; i < (N + 3) / 4; i++) {
-    const I32 x = four(low + 4 * i), y = four(high + 4 * i);
-    const I32 sum = dot_u8s8(dot_u8s8(zero_i(), one, x), one, y);
-    const I32 u = _mm512_add_epi8(x, low_bias), v = _mm512_add_epi8(y, high_bias);
-    const I32 pairs = _mm512_maskz_dpbusd_epi32(kPairedWords == 4 ? 0xffff : 0x1111 * ((1 << kPairedWords) - 1), zero_i(), u, v);
-    const I32 twos = add_i(_mm512_unpacklo_epi32(sum, pairs), _mm512_unpackhi_epi32(sum, pairs));
-    sums[i] = add_i(twos, _mm512_shuffle_epi32(twos, (_MM_PERM_ENUM)0x4e));
-  }
-  if (N <= 4) sums[1] = zero_i();
-  const I32 offset = _mm512_set1_epi64((int64_t)(4 * kPairedWords * kLowBias * kHighBias) << 32);
-RL_UNROLL
-  for (int i = 0; i < (N + 3) / 4; i++) {  // by 128 bits: scale, scaled sum, sum, -pairs
-    const F32 own = i == 0 ? _mm512_permute_ps(scale, 0x00) : _mm512_permute_ps(scale, 0x55);
-    const F32 scaled = mul(own, to_f(_mm512_shuffle_epi32(sums[i], (_MM_PERM_ENUM)0x00)));
-    const I32 whole = _mm512_mask_sub_epi32(sums[i], 0x8888, offset, sums[i]);
-    const I32 numbers = bits(_mm512_mask_blend_ps(0xcccc, _mm512_unpacklo_ps(own, scaled), from_bits(whole)));
-    const __m128i parts[4] = {_mm512_extracti32x4_epi32(numbers, 0), _mm512_extracti32x4_epi32(numbers, 1),
-                              _mm512_extracti32x4_epi32(numbers, 2), _mm512_extracti32x4_epi32(numbers, 3)};
-RL_UNROLL
-    for (int j = 0; j < 4; j++)
-      if (4 * i + j < N) _mm_storeu_si128((__m128i*)&at[4 * i + j]->scale, parts[j]);
-  }
-}
-#else
-using CodeVector = I32;
-inline CodeVector codes_of(F32 x) { return to_i(x); }
+#if !defined(RL_ISA_AVX512) && !defined(RL_ISA_AMX)
+using CodeVector = I32;  // sixteen codes
+inline CodeVector codes_of(F32 x) { return max_i(to_i(x), splat_i(kLeastCode)); }  // of no number too
 inline void store_codes(int8_t* p, CodeVector x) { store_i8(p, x); }
 
+// Stores the numbers behind N groups' codes (`low` and `high` halves); scales are in the lanes of kLaneOf.
 template <int N>
 inline __attribute__((always_inline)) void store_numbers(Q8Group* const* at, const I32 (&low)[8], const I32 (&high)[8],
                                                          F32 scale) {
-  I32 total[8], paired[8];
+  I32 total[8];
 RL_UNROLL
-  for (int i = 0; i < 8; i++) {
-    total[i] = paired[i] = zero_i();
-    if (i >= N) continue;
-    total[i] = add_i(low[i], high[i]);
-    const I32 terms = mul_i(add_i(low[i], splat_i(kLowBias)), add_i(high[i], splat_i(kHighBias)));
-    paired[i] = bits(keep_first(from_bits(terms), 4 * kPairedWords, zero_f()));
-  }
+  for (int i = 0; i < 8; i++) total[i] = i < N ? add_i(low[i], high[i]) : zero_i();
   const I32 sum = reduce_add8(total);
   alignas(64) float scales[16], scaled_sums[16];
-  alignas(64) int32_t sums[16], pairs[16];
+  alignas(64) int32_t sums[16];
   store_f(scales, scale);
   store_f(scaled_sums, mul(scale, to_f(sum)));
   store_i(sums, sum);
-  store_i(pairs, sub_i(splat_i(4 * kPairedWords * kLowBias * kHighBias), reduce_add8(paired)));
 RL_UNROLL
   for (int i = 0; i < N; i++) {
     at[i]->scale = scales[kLaneOf[i]];
     at[i]->scaled_sum = scaled_sums[kLaneOf[i]];
     at[i]->sum = sums[kLaneOf[i]];
-    at[i]->paired = pairs[kLaneOf[i]];
+    at[i]->paired = 0;
   }
 }
 #endif

@@ -70,8 +70,8 @@ class Q8:
 def quantize_q8(x: Array) -> Q8:
     """Codes of -112 to 127, nearest (ties to even), the greatest magnitude positive; all in float32.
 
-    A group's extent is its greatest magnitude, or 127/112 of the greatest of the other sign if that is more. Its scale is
-    extent / 127, negated where the greatest magnitude is a negative number's; csrc/cpu/packed.h says what for.
+    A group's extent is its greatest magnitude, or 127/112 of the greatest of the other sign if that is more. The scale
+    is extent / 127, negated where the greatest magnitude is a negative number's; csrc/cpu/packed.h says what for.
     ``x`` is [rows, K] with K a multiple of 32. A group of zeros has scale 0 and codes 0; one NaN makes the scale NaN.
     """
     groups = x.astype(np.float32).reshape(x.shape[0], x.shape[1] // Q8_GROUP, Q8_GROUP)
