@@ -111,12 +111,13 @@ RL_UNROLL
 // One or two rows of `x` (q8, `stride` bytes apart) by P panels side by side, which arrive from memory as they are
 // read: out[p][r]. What lies `ahead` bytes further on is fetched meanwhile, if that is not 0.
 template <Format kFormat, int R, int P>
-inline __attribute__((always_inline)) void stream_q8(F32 (&out)[P][R][2], int k, const uint8_t* const (&panels)[P],
+inline __attribute__((always_inline)) void stream_q8(F32 (&result)[P][R][2], int k, const uint8_t* const (&panels)[P],
                                                      const uint8_t* x, size_t stride, size_t ahead) {
   constexpr int kRecord = record_bytes(kFormat), kCodes = code_bytes(kFormat);
   const bool second = fetching.stream_second_level;
   const Q8Group* rows[R];
   start_rows<R>(rows, x, stride);
+  F32 out[P][R][2];  // a local array: GCC 12 may store the caller's once a group
 RL_UNROLL
   for (int p = 0; p < P; p++)
 RL_UNROLL
@@ -135,6 +136,10 @@ RL_UNROLL
       }
     }
   }
+RL_UNROLL
+  for (int p = 0; p < P; p++)
+RL_UNROLL
+    for (int r = 0; r < R; r++) result[p][r][0] = out[p][r][0], result[p][r][1] = out[p][r][1];
 }
 
 // The same for more rows and one panel. Also fetched meanwhile is what is wanted from `elsewhere`.
