@@ -367,7 +367,7 @@ void Executor::run_ops() {
       team_.barrier();
       if (lap) lap->waited(i);
     }
-    team_.share(w.shares++, (int)sampling_tasks_.size() - 1, 1, [&](int task, int) {
+    team_.share((int)sampling_tasks_.size() - 1, 1, [&](int task, int) {
       for (int row = sampling_tasks_[(size_t)task]; row < sampling_tasks_[(size_t)task + 1]; row++)
         if (!sampling_[(size_t)row].masked) sample_row(row, nullptr, thread);
     });
@@ -397,7 +397,7 @@ void Executor::finish(const uint32_t* masks, int flagged) {
   std::function<void(int)> job = [&](int thread) {
     std::optional<Profile::Lap> lap;
     if (profile_.on) lap.emplace(profile_, thread);
-    team_.share(0, (int)sampling_tasks_.size() - 1, 1, [&](int task, int) {
+    team_.share((int)sampling_tasks_.size() - 1, 1, [&](int task, int) {
       for (int row = sampling_tasks_[(size_t)task]; row < sampling_tasks_[(size_t)task + 1]; row++)
         if (mask_of[(size_t)row] >= 0) sample_row(row, masks + words * mask_of[(size_t)row], thread);
     });

@@ -174,7 +174,7 @@ int pack(const std::vector<const uint8_t*>& rows, Format from, const PackedMatri
   const int panels = (m.n + kPanel - 1) / kPanel;
   std::atomic<int> bad{m.n};
   std::function<void(int)> job = [&](int) {
-    team.share(0, panels, 2, [&](int begin, int end) {
+    team.share(panels, 2, [&](int begin, int end) {
       for (int n = begin * kPanel; n < std::min(end * kPanel, m.n); n++) {
         uint8_t* panel = out + (size_t)(n / kPanel) * m.panel_bytes;
         bool finite = is_tiled(m.format)       ? pack_tiled(rows[(size_t)n], from, m, panel, n % kPanel)

@@ -84,7 +84,7 @@ struct Step {
 struct Worker {
   Team& team;
   int thread;
-  int shares;        // calls of Team::share in this step
+  int calls;         // of Team::balance in this step
   uint8_t* scratch;  // this thread's own, at least kScratchBytes
   int fetch_layer = -1;                // the layer whose cache is being fetched,
   int fetched = 0, fetched_lines = 0;  // how many blocks of it are, and lines of the one after them

@@ -62,7 +62,7 @@ int available_threads() {
   return std::max(1, std::min(allowed, cgroup_limit()));
 }
 
-Team::Team(int size) : size_(std::max(1, size)) {
+Team::Team(int size) : size_(std::max(1, size)), pools_(std::make_unique<Pool[]>(3 * (size_t)size_)) {
   try {
     for (int t = 1; t < size_; t++) threads_.emplace_back([this, t] { work(t); });
   } catch (...) {
@@ -102,7 +102,8 @@ void Team::work(int thread) {
 
 void Team::run(const std::function<void(int)>& job) {
   job_ = &job;
-  cursors_[0].value.store(0);
+  cursor_.store(0);
+  for (int t = 0; t < size_; t++) pool(0, t).reset();
   epoch_.fetch_add(1);
   if (sleeping_.load() > 0) epoch_.notify_all();
   FloatMode mode;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -58,15 +59,26 @@ class Team {
       if (dealt(i) == thread) body(row, row + block < rows ? row + block : rows);
   }
 
-  // Inside a job: task indices 0 .. count-1 shared out among the threads as they become free, `chunk` at a time.
-  // All threads make the same calls, counted from 0 in `call`, with a barrier between two.
+  // Inside a job, once: task indices 0 .. count-1 shared out among the threads as they become free, `chunk` at a time.
   template <class F>
-  void share(int call, int count, int chunk, F&& body) {
-    std::atomic<int>& next = open(call);
-    for (;;) {
-      int begin = next.fetch_add(chunk, std::memory_order_relaxed);
-      if (begin >= count) break;
+  void share(int count, int chunk, F&& body) {
+    for (int begin; (begin = cursor_.fetch_add(chunk, std::memory_order_relaxed)) < count;)
       body(begin, begin + chunk < count ? begin + chunk : count);
+  }
+
+  // Inside a job: body(t, i) once for each item 0 .. items(t)-1 of every thread t. A thread does its own from the first
+  // on, then what others have left, from the last back: cores do not keep step, and all wait for the slowest. All threads
+  // make the same calls, counted from 0 in `call`, with a barrier between two.
+  template <class Items, class F>
+  void balance(int call, int thread, Items&& items, F&& body) {
+    pool(call + 1, thread).reset();  // nobody uses it yet, and everyone has passed a barrier since call - 2
+    Pool& own = pool(call, thread);
+    const int count = items(thread);
+    for (int i = 0; own.take(count); i++) body(thread, i);
+    for (int t = thread + 1; t < thread + size_; t++) {
+      const int other = t % size_, most = items(other);
+      Pool& left = pool(call, other);
+      while (left.take(most)) body(other, most - 1 - left.stolen.fetch_add(1, std::memory_order_relaxed));
     }
   }
 
@@ -76,15 +88,18 @@ class Team {
     return round % 2 ? size_ - 1 - place : place;
   }
 
-  // The cursor of a call. Nobody reads the next call's yet, and everyone will have passed a barrier before.
-  std::atomic<int>& open(int call) {
-    cursors_[(call + 1) % 3].value.store(0, std::memory_order_relaxed);
-    return cursors_[call % 3].value;
-  }
-
-  struct alignas(64) Cursor {
-    std::atomic<int> value{0};
+  // How many of a thread's items are taken, and how many of these by others: its own are the first, others' the last.
+  struct alignas(64) Pool {
+    std::atomic<int> taken{0}, stolen{0};
+    bool take(int count) {
+      return taken.load(std::memory_order_relaxed) < count && taken.fetch_add(1, std::memory_order_relaxed) < count;
+    }
+    void reset() {
+      taken.store(0, std::memory_order_relaxed);
+      stolen.store(0, std::memory_order_relaxed);
+    }
   };
+  Pool& pool(int call, int thread) { return pools_[(size_t)(3 * thread + call % 3)]; }
 
   void work(int thread);
   void dismiss();
@@ -92,7 +107,8 @@ class Team {
   const int size_;
   std::vector<std::thread> threads_;
   const std::function<void(int)>* job_ = nullptr;
-  Cursor cursors_[3];
+  std::unique_ptr<Pool[]> pools_;  // [threads][3 calls]
+  alignas(64) std::atomic<int> cursor_{0};
   alignas(64) std::atomic<uint32_t> epoch_{0};    // counts jobs; workers wait for it to move
   alignas(64) std::atomic<int> sleeping_{0};
   alignas(64) std::atomic<int> arrived_{0};

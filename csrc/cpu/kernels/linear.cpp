@@ -98,14 +98,15 @@ struct Panels {
 // A thread's rectangle of a product.
 struct Share {
   int unit_begin, unit_end, row_begin, row_end;
-  Share(int units, int rows, const Worker& w) {
-    const int threads = w.team.size();
+  Share(int units, int rows, const Team& team, int thread) {
+    const int threads = team.size();
     int bands = std::clamp(rows / Team::kRowBlock, 1, threads);
     while (threads % bands) bands--;
-    const int per_band = threads / bands, band = w.thread / per_band, place = w.thread % per_band;
+    const int per_band = threads / bands, band = thread / per_band, place = thread % per_band;
     row_begin = (int)((long)rows * band / bands), row_end = (int)((long)rows * (band + 1) / bands);
     unit_begin = (int)((long)units * place / per_band), unit_end = (int)((long)units * (place + 1) / per_band);
   }
+  int rows() const { return row_end - row_begin; }
 };
 
 // One register block: R rows from `row` by P units, `apart` from each other. A unit is a panel, or two panels with a
@@ -279,41 +280,51 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
       by[to - from](a, s, x, panels, unit, 0, from, cold && b == 0 && !fetched, ahead);
     }
   };
-  if (w.team.has_blocks(rows)) {  // each thread computes its own rows and reads all the weights
-    int widest = 0;  // of its blocks of rows; the last one may be short
-    w.team.own(w.thread, rows, [&](int begin, int end) { widest = std::max(widest, end - begin); });
-    const bool paired = is_paired(a, widest);
-    for (int unit = 0; unit < units; unit++) {
+  if (w.team.has_blocks(rows)) {  // each thread's rows by all units
+    w.team.balance(w.calls++, w.thread, [&](int) { return units; }, [&](int owner, int unit) {
+      int widest = 0;  // of its blocks of rows; the last one may be short
+      w.team.own(owner, rows, [&](int begin, int end) { widest = std::max(widest, end - begin); });
+      const bool paired = is_paired(a, widest), mine = owner == w.thread, stream = !mine || unit == 0;
       bool cold = !paired;
-      const Panels packed = panels_of(unit), apart = paired ? take_apart(a, unit, w.scratch, unit == 0, by_pairs) : packed;
-      const uint8_t* next = paired && unit + 1 < units ? unit_at(a, unit + 1) : nullptr;
-      w.team.own(w.thread, rows, [&](int begin, int end) {
+      const Panels packed = panels_of(unit), apart = paired ? take_apart(a, unit, w.scratch, stream, by_pairs) : packed;
+      const uint8_t* next = paired && mine && unit + 1 < units ? unit_at(a, unit + 1) : nullptr;
+      w.team.own(owner, rows, [&](int begin, int end) {
         const bool pairs = paired && end - begin >= kPairedRows;
         run(pairs ? by_pairs : blocks, pairs ? apart : packed, unit, begin, end, cold, next);
         cold = false, next = nullptr;
       });
-    }
+    });
     return;
   }
-  // Else each has a fixed rectangle, so that its weights stay in its caches from step to step.
-  const Share share(units, rows, w);
-  const uint8_t* after = a.next ? unit_at(*a.next, Share(units_of(*a.next), s.rows(a.next->rows), w).unit_begin) : nullptr;
-  const int count = share.row_end - share.row_begin;
-  int unit = share.unit_begin;
-  if (fetching.two_streams && count <= kStreamRows && is_quantized(a.w.format)) {
-    const int whole = std::min(share.unit_end, a.w.n / columns_of(a)), half = std::max(0, whole - unit) / 2;
-    const uint8_t* x = s.at(a.x, rows == 1 && a.per_thread ? w.thread : share.row_begin);
-    for (int i = 0; i < half; i++)
-      blocks[kMaxRows + count](a, s, x, panels_of(unit + i), unit + i, half, share.row_begin, true, ahead);
-    unit += 2 * half;
-  }
-  const bool paired = is_paired(a, count);
-  for (; unit < share.unit_end; unit++) {
-    const bool stream = unit == share.unit_begin;  // which the operator before may not have fetched
+  // Else a rectangle each, so that its weights stay in its caches from step to step. An item of it is a unit, or two of
+  // them half its whole units apart; a last one may be left over.
+  auto first_of = [&](const LinearArgs& b) {
+    return unit_at(b, Share(units_of(b), s.rows(b.rows), w.team, w.thread).unit_begin);
+  };
+  const uint8_t* after = a.next ? first_of(*a.next) : nullptr;
+  auto pairs_of = [&](const Share& share) {
+    const bool two = fetching.two_streams && share.rows() <= kStreamRows && is_quantized(a.w.format);
+    return two ? std::max(0, std::min(share.unit_end, a.w.n / columns_of(a)) - share.unit_begin) / 2 : 0;
+  };
+  auto items = [&](int owner) {
+    const Share share(units, rows, w.team, owner);
+    return share.unit_end - share.unit_begin - pairs_of(share);
+  };
+  w.team.balance(w.calls++, w.thread, items, [&](int owner, int i) {
+    const Share share(units, rows, w.team, owner);
+    const int pairs = pairs_of(share);
+    if (i < pairs) {
+      const uint8_t* x = s.at(a.x, rows == 1 && a.per_thread ? w.thread : share.row_begin);
+      const int unit = share.unit_begin + i;
+      return blocks[kMaxRows + share.rows()](a, s, x, panels_of(unit), unit, pairs, share.row_begin, true, ahead);
+    }
+    const int unit = share.unit_begin + pairs + i;
+    const bool paired = is_paired(a, share.rows()), mine = owner == w.thread;
+    const bool stream = !mine || unit == share.unit_begin;  // which the operator before may not have fetched
     const Panels panels = paired ? take_apart(a, unit, w.scratch, stream, by_pairs) : panels_of(unit);
-    run(paired ? by_pairs : blocks, panels, unit, share.row_begin, share.row_end, !paired,
-        unit + 1 < share.unit_end ? unit_at(a, unit + 1) : after);
-  }
+    const uint8_t* next = !mine ? nullptr : unit + 1 < share.unit_end ? unit_at(a, unit + 1) : after;
+    run(paired ? by_pairs : blocks, panels, unit, share.row_begin, share.row_end, !paired, next);
+  });
 }
 
 }  // namespace ridgeline::RL_ISA
