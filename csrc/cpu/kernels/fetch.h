@@ -9,6 +9,7 @@ namespace ridgeline::RL_ISA {
 // Starts to bring kLines lines into the cache, only into the second level if `second`.
 template <int kLines>
 inline __attribute__((always_inline)) void prefetch_lines(const uint8_t* p, bool second) {
+  asm("" : "+r"(p));  // one pointer for all of them: GCC 12 makes one each, and keeps those wherever there is room
   if (second) {
 RL_UNROLL
     for (int i = 0; i < kLines; i++) prefetch_second(p + 64 * i);
