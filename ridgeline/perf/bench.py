@@ -6,8 +6,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from ridgeline.engine.load import Runtime
 from ridgeline.engine.request import Request
 from ridgeline.graph.cost import Cost, Load
 from ridgeline.graph.roofline import roofline
-from ridgeline.perf.machine import better, peaks_of
+from ridgeline.perf.machine import beside, better, peaks_of
 
 DEPTH = 128  # tokens in the cache before a decode measurement begins
 
@@ -33,7 +35,7 @@ class Measurement:
         tokens: tokens of one repetition, over all requests.
         seconds: time of each repetition, sampling and Python included.
         streamed_bytes, dot_ops: cost of one repetition.
-        bound_seconds: the roofline of one repetition.
+        bound_seconds: the roofline of each repetition, at the bandwidth measured right before and after it.
     """
 
     test: str
@@ -41,7 +43,7 @@ class Measurement:
     seconds: tuple[float, ...]
     streamed_bytes: float
     dot_ops: float
-    bound_seconds: float
+    bound_seconds: tuple[float, ...]
 
     @property
     def rates(self) -> list[float]:
@@ -70,13 +72,20 @@ class Measurement:
 
     @property
     def share(self) -> float:
-        """Share of the roofline that the mean reaches, 1.0 being all of it."""
-        return self.bound_seconds / statistics.fmean(self.seconds)
+        """Share of the roofline that all repetitions together reach, 1.0 being all of it."""
+        return sum(self.bound_seconds) / sum(self.seconds)
+
+
+class Timed(NamedTuple):
+    """Seconds of each repetition, and the read bandwidth beside it in bytes/s."""
+
+    seconds: tuple[float, ...]
+    bandwidths: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Report:
-    """All measurements of one run; ``peaks`` are the best of those taken before and after."""
+    """All measurements of one run; ``peaks`` are the best of those taken before and after all of them."""
 
     rows: list[Measurement]
     peaks: Peaks
@@ -95,13 +104,13 @@ def run_bench(
     """
     _check_sizes(runtime, prompt, generate, batches, repetitions)
     peaks = peaks_of(runtime)
-    timed: list[tuple[str, int, list[float], list[Load]]] = []
+    timed: list[tuple[str, int, Timed, list[Load]]] = []
     if prompt:
-        timed.append((f"pp{prompt}", prompt, *_prefill(runtime, prompt, repetitions)))
+        timed.append((f"pp{prompt}", prompt, *_prefill(runtime, prompt, repetitions, peaks)))
     if generate:
         for batch in batches:
             name = f"tg{generate}" + (f" b{batch}" if batch > 1 else "")
-            timed.append((name, batch * generate, *_decode(runtime, generate, batch, repetitions)))
+            timed.append((name, batch * generate, *_decode(runtime, generate, batch, repetitions, peaks)))
     first, rss = _fresh_process(runtime, repetitions) if fresh else (float("nan"), float("nan"))
     peaks = better(peaks, peaks_of(runtime))
     return Report([_measurement(runtime, peaks, *t) for t in timed], peaks, runtime.load_seconds, first, rss)
@@ -147,41 +156,54 @@ def random_prompt(runtime: Runtime, length: int, number: int) -> list[int]:
     return ids
 
 
-def _prefill(runtime: Runtime, length: int, repetitions: int) -> tuple[list[float], list[Load]]:
+def _time(runtime: Runtime, repetitions: int, peaks: Peaks, once: Callable[[int], float]) -> Timed:
+    """The seconds that ``once`` returns for repetitions 1, 2 and so on (0 warms up), and the bandwidth beside each."""
+    once(0)
+    seconds, speeds = [], [beside(runtime, peaks).bandwidth]
+    for repetition in range(1, repetitions + 1):
+        seconds.append(once(repetition))
+        speeds.append(beside(runtime, peaks).bandwidth)
+    return Timed(tuple(seconds), tuple(statistics.fmean(pair) for pair in pairwise(speeds)))
+
+
+def _prefill(runtime: Runtime, length: int, repetitions: int, peaks: Peaks) -> tuple[Timed, list[Load]]:
     engine = runtime.engine
-    seconds = []
-    for repetition in range(repetitions + 1):  # the first warms up
+
+    def once(repetition: int) -> float:
         # A salt of its own: what is in the cache from another run must not be found.
         request = engine.make_request(random_prompt(runtime, length, repetition), greedy(1), cache_salt=object())
         start = time.perf_counter()
         engine.submit([request])
         while request.finish_reason is None:
             engine.step()
-        seconds.append(time.perf_counter() - start)
+        return time.perf_counter() - start
+
     size = engine.limits.max_tokens
     chunks = [Load.of([(first, min(size, length - first))]) for first in range(0, length, size)]
-    return seconds[1:], chunks
+    return _time(runtime, repetitions, peaks, once), chunks
 
 
-def _decode(runtime: Runtime, generate: int, batch: int, repetitions: int) -> tuple[list[float], list[Load]]:
+def _decode(runtime: Runtime, generate: int, batch: int, repetitions: int, peaks: Peaks) -> tuple[Timed, list[Load]]:
     engine = runtime.engine
-    seconds = []
     loads: list[Load] = []
-    for repetition in range(repetitions + 1):
+
+    def once(repetition: int) -> float:
         requests = _start(runtime, generate, batch, repetition)
         before = [len(r.output_ids) for r in requests]
         start = time.perf_counter()
         for _ in range(generate):
             engine.step()
-        seconds.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         if any(len(r.output_ids) != n + generate for r, n in zip(requests, before, strict=True)):
             raise RidgelineError(f"not every one of {batch} requests decoded {generate} tokens: the time means nothing")
         # Cost is linear in the context, so the middle of the run stands for all its steps.
         middle = [(r.num_computed - generate // 2 - 1, 1) for r in requests]
-        loads = [Load.of(middle)] * generate
+        loads[:] = [Load.of(middle)] * generate
         for request in requests:
             engine.abort(request)
-    return seconds[1:], loads
+        return seconds
+
+    return _time(runtime, repetitions, peaks, once), loads
 
 
 def _start(runtime: Runtime, generate: int, batch: int, repetition: int) -> list[Request]:
@@ -208,17 +230,18 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 
 def _measurement(
-    runtime: Runtime, peaks: Peaks, test: str, tokens: int, seconds: list[float], loads: list[Load]
+    runtime: Runtime, peaks: Peaks, test: str, tokens: int, timed: Timed, loads: list[Load]
 ) -> Measurement:
     cost = Cost()
-    bound = 0.0
+    bounds = [0.0] * len(timed.seconds)
     for load in set(loads):
         number = loads.count(load)
         one = runtime.plan.cost(load)
-        bound += number * roofline(one, peaks).seconds
+        for i, bandwidth in enumerate(timed.bandwidths):
+            bounds[i] += number * roofline(one, replace(peaks, bandwidth=bandwidth)).seconds
         for _ in range(number):
             cost = cost.plus(one)
-    return Measurement(test, tokens, tuple(seconds), cost.streamed_bytes, cost.dot_ops, bound)
+    return Measurement(test, tokens, timed.seconds, cost.streamed_bytes, cost.dot_ops, tuple(bounds))
 
 
 # Runs the command line and then says its own peak memory: a parent cannot tell, for a new process's ru_maxrss

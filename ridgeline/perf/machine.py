@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 from ridgeline.core.errors import ConfigError
 from ridgeline.core.hardware import Peaks, datasheet_of
@@ -39,6 +39,17 @@ def peaks_of(runtime: Runtime, seconds: float = 0.3) -> Peaks:
             raise ConfigError("the emulated device has no speed to measure: take a GPU, or the cpu backend")
         return datasheet_of(runtime.executor.device.name())  # type: ignore[attr-defined]
     return measure_peaks(config.threads, config.isa, seconds)
+
+
+def beside(runtime: Runtime, peaks: Peaks, seconds: float = 0.03) -> Peaks:
+    """``peaks`` with the bandwidth of this moment: shared memory is twice as fast in some minutes as in others."""
+    config = runtime.config
+    if config.backend == "cuda":
+        return peaks
+    import ridgeline.backends.cpu._native as native
+
+    bandwidth = native.measure_bandwidth(BUFFER_BYTES, config.threads or 0, seconds, config.isa or "")
+    return replace(peaks, bandwidth=bandwidth * 1e9)
 
 
 def usable_threads() -> int:
