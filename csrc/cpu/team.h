@@ -39,8 +39,9 @@ class Team {
     return (rows + blocks - 1) / blocks;
   }
 
-  // The thread that a row belongs to in every operator of a step, so that rows stay in its caches. Blocks are dealt
-  // out to and fro, 0 1 1 0 0 1 ..., which also evens out causal attention, where later rows cost more.
+  // The thread that a row belongs to in every operator of a step, so that rows stay in its caches (but for what others
+  // take over in `balance`). Blocks are dealt out to and fro, 0 1 1 0 0 1 ..., which also evens out causal attention,
+  // where later rows cost more.
   int owner(int row, int rows) const {
     if (!has_blocks(rows)) return (int)(((long)(row + 1) * size_ - 1) / rows);
     return dealt(row / row_block(rows));

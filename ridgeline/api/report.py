@@ -18,16 +18,15 @@ def print_table(runtime: Runtime, report: Report) -> None:
 
     table = Table(box=box.MARKDOWN)
     table.add_column("model")
-    for name in ("size", "threads", "test", "t/s", "GB/s", "GOP/s", "roofline"):
+    for name in ("size", "threads", "test", "t/s", "GB/s", "of GB/s", "GOP/s", "roofline"):
         table.add_column(name, justify="right", no_wrap=True)
     path = Path(runtime.model.file.path)
     size = f"{path.stat().st_size / 2**20:.2f} MiB"
     threads = str(runtime.config.threads or usable_threads())
     for row in report.rows:
         speed = f"{row.mean:.2f} ± {row.deviation:.2f}"
-        table.add_row(
-            path.stem, size, threads, row.test, speed, f"{row.gb_s:.1f}", f"{row.gop_s:.0f}", f"{row.share:.0%}"
-        )
+        rates = (f"{row.gb_s:.1f}", f"{row.peak_gb_s:.1f}", f"{row.gop_s:.0f}", f"{row.share:.0%}")
+        table.add_row(path.stem, size, threads, row.test, speed, *rates)
     console = Console(highlight=False, width=None if Console().is_terminal else 120)
     console.print(table)
     peaks = report.peaks
@@ -57,6 +56,7 @@ def as_json(report: Report) -> str:
                     "deviation": r.deviation,
                     "tok_s": r.rates,
                     "gb_s": r.gb_s,
+                    "peak_gb_s": [b / 1e9 for b in r.bandwidths],
                     "gop_s": r.gop_s,
                     "roofline_share": r.share,
                 }

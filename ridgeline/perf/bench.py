@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -34,13 +33,15 @@ class Measurement:
         test: "pp512" (prompt tokens), "tg128" (generated), "tg128 b8" (the same for 8 requests at once).
         tokens: tokens of one repetition, over all requests.
         seconds: time of each repetition, sampling and Python included.
+        bandwidths: bytes per second that memory reads at beside each repetition, the mean of right before and after.
         streamed_bytes, dot_ops: cost of one repetition.
-        bound_seconds: the roofline of each repetition, at the bandwidth measured right before and after it.
+        bound_seconds: the roofline of each repetition, at that bandwidth.
     """
 
     test: str
     tokens: int
     seconds: tuple[float, ...]
+    bandwidths: tuple[float, ...]
     streamed_bytes: float
     dot_ops: float
     bound_seconds: tuple[float, ...]
@@ -64,6 +65,11 @@ class Measurement:
     def gb_s(self) -> float:
         """Weights and KV read, in 1e9 bytes per second."""
         return self.streamed_bytes / statistics.fmean(self.seconds) / 1e9
+
+    @property
+    def peak_gb_s(self) -> float:
+        """The mean bandwidth beside the repetitions, in 1e9 bytes per second."""
+        return statistics.fmean(self.bandwidths) / 1e9
 
     @property
     def gop_s(self) -> float:
@@ -156,54 +162,67 @@ def random_prompt(runtime: Runtime, length: int, number: int) -> list[int]:
     return ids
 
 
-def _time(runtime: Runtime, repetitions: int, peaks: Peaks, once: Callable[[int], float]) -> Timed:
-    """The seconds that ``once`` returns for repetitions 1, 2 and so on (0 warms up), and the bandwidth beside each."""
-    once(0)
-    seconds, speeds = [], [beside(runtime, peaks).bandwidth]
+def _time(runtime: Runtime, repetitions: int, peaks: Peaks, prepare: Callable[[int], Callable[[], float]]) -> Timed:
+    """Repetitions 1, 2 and so on (0 warms up): what ``prepare`` returns is called between two looks at the bandwidth
+    and says how many seconds it took."""
+    prepare(0)()
+    seconds, bandwidths = [], []
     for repetition in range(1, repetitions + 1):
-        seconds.append(once(repetition))
-        speeds.append(beside(runtime, peaks).bandwidth)
-    return Timed(tuple(seconds), tuple(statistics.fmean(pair) for pair in pairwise(speeds)))
+        run = prepare(repetition)
+        before = beside(runtime, peaks).bandwidth
+        seconds.append(run())
+        bandwidths.append((before + beside(runtime, peaks).bandwidth) / 2)
+    return Timed(tuple(seconds), tuple(bandwidths))
 
 
 def _prefill(runtime: Runtime, length: int, repetitions: int, peaks: Peaks) -> tuple[Timed, list[Load]]:
     engine = runtime.engine
 
-    def once(repetition: int) -> float:
+    def prepare(repetition: int) -> Callable[[], float]:
         # A salt of its own: what is in the cache from another run must not be found.
         request = engine.make_request(random_prompt(runtime, length, repetition), greedy(1), cache_salt=object())
-        start = time.perf_counter()
-        engine.submit([request])
-        while request.finish_reason is None:
-            engine.step()
-        return time.perf_counter() - start
+
+        def run() -> float:
+            start = time.perf_counter()
+            engine.submit([request])
+            while request.finish_reason is None:
+                engine.step()
+            return time.perf_counter() - start
+
+        return run
 
     size = engine.limits.max_tokens
     chunks = [Load.of([(first, min(size, length - first))]) for first in range(0, length, size)]
-    return _time(runtime, repetitions, peaks, once), chunks
+    return _time(runtime, repetitions, peaks, prepare), chunks
 
 
 def _decode(runtime: Runtime, generate: int, batch: int, repetitions: int, peaks: Peaks) -> tuple[Timed, list[Load]]:
     engine = runtime.engine
     loads: list[Load] = []
 
-    def once(repetition: int) -> float:
+    def prepare(repetition: int) -> Callable[[], float]:
         requests = _start(runtime, generate, batch, repetition)
         before = [len(r.output_ids) for r in requests]
-        start = time.perf_counter()
-        for _ in range(generate):
-            engine.step()
-        seconds = time.perf_counter() - start
-        if any(len(r.output_ids) != n + generate for r, n in zip(requests, before, strict=True)):
-            raise RidgelineError(f"not every one of {batch} requests decoded {generate} tokens: the time means nothing")
-        # Cost is linear in the context, so the middle of the run stands for all its steps.
-        middle = [(r.num_computed - generate // 2 - 1, 1) for r in requests]
-        loads[:] = [Load.of(middle)] * generate
-        for request in requests:
-            engine.abort(request)
-        return seconds
 
-    return _time(runtime, repetitions, peaks, once), loads
+        def run() -> float:
+            start = time.perf_counter()
+            for _ in range(generate):
+                engine.step()
+            seconds = time.perf_counter() - start
+            if any(len(r.output_ids) != n + generate for r, n in zip(requests, before, strict=True)):
+                raise RidgelineError(
+                    f"not every one of {batch} requests decoded {generate} tokens: the time means nothing"
+                )
+            # Cost is linear in the context, so the middle of the run stands for all its steps.
+            middle = [(r.num_computed - generate // 2 - 1, 1) for r in requests]
+            loads[:] = [Load.of(middle)] * generate
+            for request in requests:
+                engine.abort(request)
+            return seconds
+
+        return run
+
+    return _time(runtime, repetitions, peaks, prepare), loads
 
 
 def _start(runtime: Runtime, generate: int, batch: int, repetition: int) -> list[Request]:
@@ -241,7 +260,7 @@ def _measurement(
             bounds[i] += number * roofline(one, replace(peaks, bandwidth=bandwidth)).seconds
         for _ in range(number):
             cost = cost.plus(one)
-    return Measurement(test, tokens, timed.seconds, cost.streamed_bytes, cost.dot_ops, tuple(bounds))
+    return Measurement(test, tokens, *timed, cost.streamed_bytes, cost.dot_ops, tuple(bounds))
 
 
 # Runs the command line and then says its own peak memory: a parent cannot tell, for a new process's ru_maxrss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from ridgeline.core.config import EngineConfig
 from ridgeline.core.errors import ConfigError, RidgelineError
 from ridgeline.core.hardware import Peaks
 from ridgeline.engine.engine import Engine, EngineLimits
+from ridgeline.graph.cost import Cost
 from ridgeline.perf import bench
 from tests.sim.small import SimExecutor
 
@@ -50,6 +52,21 @@ def test_a_request_that_stands_still_ends_the_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bench, "peaks_of", lambda *args: Peaks(1.0, 1.0, 1.0, 1.0))
     with pytest.raises(RidgelineError, match="not every one of 2 requests decoded 8 tokens"):
         bench.run_bench(runtime(Still), 0, 8, [2], 1, fresh=False)
+
+
+def test_a_repetition_is_held_against_the_bandwidth_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two looks for each of two repetitions; eight steps take 8 bytes' time at the mean of a repetition's two."""
+    peaks, looks = Peaks(9.0, 1.0, 1.0, 1.0), iter([1.0, 3.0, 4.0, 4.0])
+    monkeypatch.setattr(bench, "peaks_of", lambda *args: peaks)
+    monkeypatch.setattr(bench, "beside", lambda runtime, peaks: replace(peaks, bandwidth=next(looks)))
+    monkeypatch.setattr(bench, "roofline", lambda cost, peaks: SimpleNamespace(seconds=1 / peaks.bandwidth))
+    run = runtime()
+    run.plan, run.load_seconds = SimpleNamespace(cost=lambda load: Cost()), 0.0
+    report = bench.run_bench(run, 0, 8, [2], 2, fresh=False)
+    (row,) = report.rows
+    assert row.bandwidths == (2.0, 4.0) and row.bound_seconds == (4.0, 2.0)
+    assert row.share == 6.0 / sum(row.seconds) and row.peak_gb_s == 3e-9
+    assert report.peaks == peaks and next(looks, None) is None
 
 
 def test_a_fresh_process_gets_every_option(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,6 +298,7 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
   }
   // Else a rectangle each, so that its weights stay in its caches from step to step. An item of it is a unit, or two of
   // them half its whole units apart; a last one may be left over.
+  const Share own(units, rows, w.team, w.thread);
   auto first_of = [&](const LinearArgs& b) {
     return unit_at(b, Share(units_of(b), s.rows(b.rows), w.team, w.thread).unit_begin);
   };
@@ -311,7 +312,8 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
     return share.unit_end - share.unit_begin - pairs_of(share);
   };
   w.team.balance(w.calls++, w.thread, items, [&](int owner, int i) {
-    const Share share(units, rows, w.team, owner);
+    const bool mine = owner == w.thread;
+    const Share share = mine ? own : Share(units, rows, w.team, owner);
     const int pairs = pairs_of(share);
     if (i < pairs) {
       const uint8_t* x = s.at(a.x, rows == 1 && a.per_thread ? w.thread : share.row_begin);
@@ -319,7 +321,7 @@ void linear(const LinearArgs& a, const Step& s, Worker& w) {
       return blocks[kMaxRows + share.rows()](a, s, x, panels_of(unit), unit, pairs, share.row_begin, true, ahead);
     }
     const int unit = share.unit_begin + pairs + i;
-    const bool paired = is_paired(a, share.rows()), mine = owner == w.thread;
+    const bool paired = is_paired(a, share.rows());
     const bool stream = !mine || unit == share.unit_begin;  // which the operator before may not have fetched
     const Panels panels = paired ? take_apart(a, unit, w.scratch, stream, by_pairs) : panels_of(unit);
     const uint8_t* next = !mine ? nullptr : unit + 1 < share.unit_end ? unit_at(a, unit + 1) : after;

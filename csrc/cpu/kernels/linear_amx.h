@@ -1,6 +1,6 @@
 // Linear layers on tile registers: bf16 activations by Q8_0, Q4_0, Q4_1 (as T8 and T4) or bf16 weights, for any number
 // of rows. A thread brings its rows into the order of tiles once, then takes one panel after another, unpacks it with
-// its first rows and multiplies all its rows by it. What is computed by whom is decided as in linear.cpp.
+// its first rows and multiplies all its rows by it. Nobody takes over what another has left, as linear.cpp does.
 #pragma once
 
 #include <algorithm>
