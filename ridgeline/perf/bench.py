@@ -20,7 +20,7 @@ from ridgeline.engine.load import Runtime
 from ridgeline.engine.request import Request
 from ridgeline.graph.cost import Cost, Load
 from ridgeline.graph.roofline import roofline
-from ridgeline.perf.machine import beside, better, peaks_of
+from ridgeline.perf.machine import better, peaks_now, peaks_of
 
 DEPTH = 128  # tokens in the cache before a decode measurement begins
 
@@ -169,9 +169,9 @@ def _time(runtime: Runtime, repetitions: int, peaks: Peaks, prepare: Callable[[i
     seconds, bandwidths = [], []
     for repetition in range(1, repetitions + 1):
         run = prepare(repetition)
-        before = beside(runtime, peaks).bandwidth
+        before = peaks_now(runtime, peaks).bandwidth
         seconds.append(run())
-        bandwidths.append((before + beside(runtime, peaks).bandwidth) / 2)
+        bandwidths.append((before + peaks_now(runtime, peaks).bandwidth) / 2)
     return Timed(tuple(seconds), tuple(bandwidths))
 
 

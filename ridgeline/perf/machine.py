@@ -13,6 +13,13 @@ from ridgeline.engine.load import Runtime
 BUFFER_BYTES = 96 << 20  # larger than the caches of the machines we know, as large as a small model
 
 
+def measure_bandwidth(threads: int | None = None, isa: str | None = None, seconds: float = 0.3) -> float:
+    """Bytes per second read from a buffer of 96 MiB by the best of several kernels; arguments as ``measure_peaks``."""
+    import ridgeline.backends.cpu._native as native
+
+    return float(native.measure_bandwidth(BUFFER_BYTES, threads or 0, seconds, isa or "")) * 1e9
+
+
 def measure_peaks(threads: int | None = None, isa: str | None = None, seconds: float = 0.3) -> Peaks:
     """Read bandwidth (bytes/s, the best of several kernels over 96 MiB) and dot-product peaks (operations/s).
 
@@ -23,9 +30,8 @@ def measure_peaks(threads: int | None = None, isa: str | None = None, seconds: f
     """
     import ridgeline.backends.cpu._native as native
 
-    bandwidth = native.measure_bandwidth(BUFFER_BYTES, threads or 0, seconds, isa or "")
     rates = native.measure_peaks(threads or 0, isa or "")
-    return Peaks(bandwidth * 1e9, rates["int8"] * 1e9, rates["bf16"] * 1e9, rates["f32"] * 1e9)
+    return Peaks(measure_bandwidth(threads, isa, seconds), rates["int8"] * 1e9, rates["bf16"] * 1e9, rates["f32"] * 1e9)
 
 
 def peaks_of(runtime: Runtime, seconds: float = 0.3) -> Peaks:
@@ -41,15 +47,18 @@ def peaks_of(runtime: Runtime, seconds: float = 0.3) -> Peaks:
     return measure_peaks(config.threads, config.isa, seconds)
 
 
-def beside(runtime: Runtime, peaks: Peaks, seconds: float = 0.03) -> Peaks:
-    """``peaks`` with the bandwidth of this moment: shared memory is twice as fast in some minutes as in others."""
+def peaks_now(runtime: Runtime, peaks: Peaks, seconds: float = 0.03) -> Peaks:
+    """``peaks`` with a CPU's bandwidth of this moment: memory shared with others is twice as fast in some as in others.
+
+    Args:
+        runtime: what it runs on, threads and instruction set included; a GPU's peaks are its datasheet's and stay.
+        peaks: of that, measured at any time.
+        seconds: how long to look.
+    """
     config = runtime.config
     if config.backend == "cuda":
         return peaks
-    import ridgeline.backends.cpu._native as native
-
-    bandwidth = native.measure_bandwidth(BUFFER_BYTES, config.threads or 0, seconds, config.isa or "")
-    return replace(peaks, bandwidth=bandwidth * 1e9)
+    return replace(peaks, bandwidth=measure_bandwidth(config.threads, config.isa, seconds))
 
 
 def usable_threads() -> int:

@@ -58,7 +58,7 @@ def test_a_repetition_is_held_against_the_bandwidth_beside_it(monkeypatch: pytes
     """Two looks for each of two repetitions; eight steps take 8 bytes' time at the mean of a repetition's two."""
     peaks, looks = Peaks(9.0, 1.0, 1.0, 1.0), iter([1.0, 3.0, 4.0, 4.0])
     monkeypatch.setattr(bench, "peaks_of", lambda *args: peaks)
-    monkeypatch.setattr(bench, "beside", lambda runtime, peaks: replace(peaks, bandwidth=next(looks)))
+    monkeypatch.setattr(bench, "peaks_now", lambda runtime, peaks: replace(peaks, bandwidth=next(looks)))
     monkeypatch.setattr(bench, "roofline", lambda cost, peaks: SimpleNamespace(seconds=1 / peaks.bandwidth))
     run = runtime()
     run.plan, run.load_seconds = SimpleNamespace(cost=lambda load: Cost()), 0.0
