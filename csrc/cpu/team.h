@@ -1,6 +1,7 @@
 // A persistent team of threads that runs one job at a time, with a barrier between its parts.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -68,15 +69,15 @@ class Team {
   }
 
   // Inside a job: body(t, i) once for each item 0 .. items(t)-1 of every thread t. A thread does its own from the first
-  // on, then what others have left, from the last back: cores do not keep step, and all wait for the slowest. All threads
-  // make the same calls, counted from 0 in `call`, with a barrier between two.
+  // on, then what the next few threads have left, from the last back: cores do not keep step, and all wait for the
+  // slowest. All threads make the same calls, counted from 0 in `call`, with a barrier between two.
   template <class Items, class F>
   void balance(int call, int thread, Items&& items, F&& body) {
     pool(call + 1, thread).reset();  // nobody uses it yet, and everyone has passed a barrier since call - 2
     Pool& own = pool(call, thread);
     const int count = items(thread);
     for (int i = 0; own.take(count); i++) body(thread, i);
-    for (int t = thread + 1; t < thread + size_; t++) {
+    for (int t = thread + 1; t < thread + std::min(size_, 1 + kHelped); t++) {
       const int other = t % size_, most = items(other);
       Pool& left = pool(call, other);
       while (left.take(most)) body(other, most - 1 - left.stolen.fetch_add(1, std::memory_order_relaxed));
@@ -84,6 +85,8 @@ class Team {
   }
 
  private:
+  static constexpr int kHelped = 4;  // a look at every other thread's counter would cost many cores more than it saves
+
   int dealt(int block) const {
     const int round = block / size_, place = block % size_;
     return round % 2 ? size_ - 1 - place : place;
