@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
-from ridgeline.api.inputs import Message, Prompt, as_conversations, as_params, as_prompts, is_chat, is_list
+from ridgeline.api.inputs import (
+    Message,
+    Plain,
+    Prompt,
+    as_conversations,
+    as_params,
+    as_prompt,
+    as_prompts,
+    is_chat,
+    is_list,
+)
 from ridgeline.api.outputs import CompletionOutput, EmbeddingOutput, Logprob, RequestOutput, StreamDelta
 from ridgeline.core.errors import RequestError, RidgelineError
 from ridgeline.core.types import SamplingParams
@@ -55,7 +65,7 @@ class Frontend:
         cache_salt: Hashable = None,
     ) -> Request:
         """The request of ``owner``'s stream of a prompt or conversation; raises RequestError if it cannot be served."""
-        if not isinstance(prompt, str) and not is_list(prompt):
+        if not isinstance(prompt, str | Mapping) and not is_list(prompt):
             raise RequestError(
                 f"prompt must be a text, a list of token ids or a list of messages, got {type(prompt).__name__}"
             )
@@ -64,14 +74,15 @@ class Frontend:
             raise RequestError(
                 f"{owner}.stream gives one completion and no prompt_logprobs: use {owner}.generate for these"
             )
-        ids = self._encode_chat(prompt) if is_chat(prompt) else self._encode(prompt)  # type: ignore[arg-type]
+        plain = as_prompt(prompt) if isinstance(prompt, Mapping) else prompt
+        ids = self._encode_chat(plain) if is_chat(plain) else self._encode(plain)  # type: ignore[arg-type]
         return self._runtime.engine.make_request(ids, one, stream=True, priority=priority, cache_salt=cache_salt)
 
     def pooled(self, inputs: Sequence[Input], pooling: str) -> list[Request]:
         """Requests for the inputs' hidden states; raises RequestError if one can never be served."""
         return [self._runtime.engine.make_pooling_request(ids, pooling) for _, ids in inputs]
 
-    def _encode(self, prompt: Prompt) -> Sequence[int]:
+    def _encode(self, prompt: Plain) -> Sequence[int]:
         if not isinstance(prompt, str):
             return prompt
         if not prompt:

@@ -8,8 +8,11 @@ from typing import Any, TypeGuard
 from ridgeline.core.errors import RequestError
 from ridgeline.core.types import SamplingParams, unknown_argument
 
-Prompt = str | Sequence[int]
+Plain = str | Sequence[int]
 """A text or token ids."""
+
+Prompt = Plain | Mapping[str, Any]
+"""A text or token ids, or either in vLLM's form: ``{"prompt": text}``, ``{"prompt_token_ids": ids}``."""
 
 Message = Mapping[str, Any]
 """``{"role": ..., "content": ...}``."""
@@ -21,21 +24,36 @@ def refuse_unknown(owner: str, unknown: Mapping[str, Any], known: list[str]) -> 
         raise RequestError(unknown_argument(owner, name, known))
 
 
-def as_prompts(prompts: Any) -> list[Prompt]:
+def as_prompt(prompt: Any) -> Plain:
+    """A prompt as text or token ids; raises RequestError for what is none. Of a mapping that has both, the ids."""
+    if isinstance(prompt, Mapping):
+        for key in prompt:
+            if key not in ("prompt", "prompt_token_ids"):
+                raise RequestError(f'a prompt has no {key!r}, only "prompt" or "prompt_token_ids"; chat takes messages')
+        ids = prompt.get("prompt_token_ids")
+        if isinstance(ids, str):
+            raise RequestError('"prompt_token_ids" must be a list of token ids, got a text: that is "prompt"')
+        prompt = prompt.get("prompt") if ids is None else ids
+    if isinstance(prompt, str):
+        return prompt
+    if not is_list(prompt):
+        raise RequestError(f"a prompt must be a text or a list of token ids, got {type(prompt).__name__}")
+    tokens: Sequence[int] = prompt
+    return tokens
+
+
+def as_prompts(prompts: Any) -> list[Plain]:
     """One or several prompts as a list of prompts; raises RequestError for what is neither."""
-    if isinstance(prompts, str):
-        return [prompts]
+    if isinstance(prompts, str | Mapping):
+        return [as_prompt(prompts)]
     if not is_list(prompts):
         raise RequestError(
             f"prompts must be a text, a list of token ids or a list of these, got {type(prompts).__name__}"
         )
     items = list(prompts)
-    if items and all(not isinstance(p, str) and not hasattr(p, "__len__") for p in items):
+    if items and all(not hasattr(p, "__len__") for p in items):
         return [items]
-    for prompt in items:
-        if not isinstance(prompt, str) and not is_list(prompt):
-            raise RequestError(f"a prompt must be a text or a list of token ids, got {type(prompt).__name__}")
-    return items
+    return [as_prompt(prompt) for prompt in items]
 
 
 def as_conversations(messages: Any) -> list[Sequence[Message]]:
@@ -71,6 +89,6 @@ def is_list(value: Any) -> bool:
     return (isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0) and not isinstance(value, wrong)
 
 
-def is_chat(prompt: Prompt | Sequence[Message]) -> TypeGuard[Sequence[Message]]:
+def is_chat(prompt: Plain | Sequence[Message]) -> TypeGuard[Sequence[Message]]:
     """Whether it is a list of messages."""
     return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)

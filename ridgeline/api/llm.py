@@ -52,7 +52,8 @@ class LLM:
         """Complete prompts, as many at once as fit; results are in the order of the prompts.
 
         Args:
-            prompts: a text, a list of token ids, or a list of these.
+            prompts: a text, a list of token ids, either as ``{"prompt": ...}`` or ``{"prompt_token_ids": ...}``, or a
+                list of these.
             sampling_params: one for all, or one for each; vLLM's defaults when None.
 
         Raises RequestError, before anything runs, when one of them can never be served.

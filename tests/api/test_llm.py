@@ -49,6 +49,14 @@ def test_prompts_one_or_several_texts_or_token_ids(llm: LLM) -> None:
             assert output.logprobs is None
 
 
+def test_prompts_in_the_form_of_mappings(llm: LLM) -> None:
+    text, ids = {"prompt": "abc"}, {"prompt_token_ids": [97, 98], "prompt": "shown, not read"}
+    results = llm.generate([text, ids, "abc"], SEEDED)
+    assert results == llm.generate(["abc", [97, 98], "abc"], SEEDED)
+    assert [llm.generate(one, SEEDED) for one in (text, ids)] == [[r] for r in results[:2]]
+    assert [p for d in llm.stream(ids, SEEDED) for p in d.token_ids] == results[1].outputs[0].token_ids
+
+
 def test_parameters_one_for_each_and_defaults_as_vllm(llm: LLM) -> None:
     params = [SamplingParams(seed=1, max_tokens=2), SamplingParams(seed=2, max_tokens=5, ignore_eos=True)]
     results = llm.generate(["a", "a"], params)
@@ -120,7 +128,7 @@ def test_one_bad_prompt_stops_all_before_anything_runs(llm: LLM) -> None:
         with pytest.raises(RequestError, match=message):
             llm.generate(["good", bad], SEEDED)
         assert not llm.runtime.engine.has_work
-    for wrong in (3, {"prompt": "x"}, [{"prompt": "x"}], ["x", 3]):
+    for wrong in (3, {"prompt": 3}, ["x", {"prompt_token_ids": 3}], ["x", 3]):
         with pytest.raises(RequestError, match="must be a text"):
             llm.generate(wrong, SEEDED)  # type: ignore[arg-type]
 
@@ -130,10 +138,17 @@ def test_what_is_no_prompt_and_no_conversation_is_refused(llm: LLM) -> None:
     for wrong in (message, "hi", b"hi", 3, None, [None], ["hi"], [message, None], [[message], None], [[message], "hi"]):
         with pytest.raises(RequestError, match="messages must be a list"):
             llm.chat(wrong, SEEDED)  # type: ignore[arg-type]
-    for wrong in (message, 3, None, b"hi", {1, 2}):
+    for wrong in (3, None, b"hi", {1, 2}):
         with pytest.raises(RequestError, match="prompt must be a text"):
             llm.stream(wrong, SEEDED)  # type: ignore[arg-type]
-    for wrong in (b"hi", bytearray(b"hi"), [b"hi"], None):
+    for wrong in (message, [message], {"prompt": "hi", "multi_modal_data": {}}):
+        with pytest.raises(RequestError, match="a prompt has no '(role|multi_modal_data)'"):
+            llm.generate(wrong, SEEDED)
+    with pytest.raises(RequestError, match="got a text"):
+        llm.generate({"prompt_token_ids": "hi"}, SEEDED)
+    with pytest.raises(RequestError, match="a prompt has no 'role'"):
+        llm.stream(message, SEEDED)
+    for wrong in (b"hi", bytearray(b"hi"), [b"hi"], None, {}, {"prompt": b"hi"}):
         with pytest.raises(RequestError, match="must be a text"):
             llm.generate(wrong, SEEDED)  # type: ignore[arg-type]
     assert not llm.runtime.engine.has_work
