@@ -43,7 +43,7 @@ Executor::Executor(const ExecutorConfig& config)
   cache.block_bytes = cache.layer_bytes * config.layers;
   cache_ = Region(cache.block_bytes * (size_t)config.num_blocks);
   cache.base = cache_.data();
-  cache_ahead_.emplace(cache_, kBlocksAhead * cache.block_bytes);
+  cache_ahead_ = std::make_unique<PagesAhead>(cache_, kBlocksAhead * cache.block_bytes);
   rope_capacity_ = (int)round_up((size_t)config.max_blocks_per_slot * kBlock, kRopeStep);
   rope_ = Region((size_t)rope_capacity_ * config.head_dim * sizeof(float));
   const size_t chunks = (size_t)config.max_blocks_per_slot * kBlock / kChunk + 1;
@@ -59,6 +59,10 @@ Executor::Executor(const ExecutorConfig& config)
   step_.arena = arena_.data();
   step_.partials = (float*)partials_.data();
   step_.partial_counts = partial_counts_.get();
+}
+
+Executor::~Executor() {
+  if (team_.forked()) (void)cache_ahead_.release();  // its thread is not here to be stopped
 }
 
 PackedMatrix Executor::pack(const std::vector<const uint8_t*>& rows, Format file, int k, bool tiles, int* bad_row) {

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -42,6 +41,7 @@ struct BatchView {
 class Executor {
  public:
   explicit Executor(const ExecutorConfig& config);
+  ~Executor();
 
   // Packs rows of a file into this executor's weight memory; `tiles` as in packed_format(). A row that holds NaN or
   // infinity is left in `bad_row`.
@@ -109,7 +109,7 @@ class Executor {
   ExecutorConfig config_;
   const Kernels* kernels_;
   Region weights_, arena_, cache_, rope_, partials_;
-  std::optional<PagesAhead> cache_ahead_;  // behind the cache, which its thread touches
+  std::unique_ptr<PagesAhead> cache_ahead_;  // behind the cache, which its thread touches
   Team team_;
   size_t weights_used_ = 0;
   std::vector<std::unique_ptr<float[]>> vectors_;

@@ -1,6 +1,7 @@
 #include "team.h"
 
 #include <sched.h>
+#include <unistd.h>
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
@@ -62,7 +63,7 @@ int available_threads() {
   return std::max(1, std::min(allowed, cgroup_limit()));
 }
 
-Team::Team(int size) : size_(std::max(1, size)), pools_(std::make_unique<Pool[]>(3 * (size_t)size_)) {
+Team::Team(int size) : size_(std::max(1, size)), process_(getpid()), pools_(std::make_unique<Pool[]>(3 * (size_t)size_)) {
   try {
     for (int t = 1; t < size_; t++) threads_.emplace_back([this, t] { work(t); });
   } catch (...) {
@@ -71,7 +72,15 @@ Team::Team(int size) : size_(std::max(1, size)), pools_(std::make_unique<Pool[]>
   }
 }
 
-Team::~Team() { dismiss(); }
+Team::~Team() {
+  if (forked()) {
+    new std::vector<std::thread>(std::move(threads_));  // neither joined, for ever, nor destroyed, which would terminate
+  } else {
+    dismiss();
+  }
+}
+
+bool Team::forked() const { return getpid() != process_; }
 
 void Team::dismiss() {
   stop_.store(true);

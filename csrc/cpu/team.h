@@ -1,6 +1,8 @@
 // A persistent team of threads that runs one job at a time, with a barrier between its parts.
 #pragma once
 
+#include <sys/types.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -22,6 +24,9 @@ class Team {
   Team& operator=(const Team&) = delete;
 
   int size() const { return size_; }
+
+  // Whether this is a fork of the process that made the team: its threads are not here, and it must not be run.
+  bool forked() const;
 
   // Calls job(thread) once on every thread, the caller being thread 0, and returns when all are done.
   // Workers spin for a short while after a job, then sleep: an idle team uses no CPU.
@@ -109,6 +114,7 @@ class Team {
   void dismiss();
 
   const int size_;
+  const pid_t process_;
   std::vector<std::thread> threads_;
   const std::function<void(int)>* job_ = nullptr;
   std::unique_ptr<Pool[]> pools_;  // [threads][3 calls]

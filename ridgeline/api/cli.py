@@ -13,6 +13,8 @@ USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 def main() -> NoReturn:
     """Run the command line: exit code 0, 1 (failure), 2 (usage) or 130 (interrupt), errors as one line each."""
+    if not _open_streams():
+        _leave(FAILURE)
     try:
         code = _run_app()
         sys.stdout.flush()
@@ -31,6 +33,18 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
+def _open_streams() -> bool:
+    """Stand in for an input and an error stream that were closed before the start; False where nobody can read."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is not None:
+        return True
+    _complain("standard output is closed: nobody could read the result", FAILURE)
+    return False
+
+
 def _complain(message: str, code: int) -> int:
     print("error:", " ".join(message.split()), file=sys.stderr)
     return code
@@ -45,7 +59,8 @@ def _leave(code: int) -> NoReturn:
     """Exit at once: threads may still be packing weights, and nothing needs their result."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if stream is not None:
+                stream.flush()
         except OSError:
             pass
     os._exit(code)

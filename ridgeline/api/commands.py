@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,11 +16,12 @@ from ridgeline.api.flags import with_flags
 from ridgeline.api.kernels import make_app
 from ridgeline.api.profile import profile
 from ridgeline.core.config import ISAS
-from ridgeline.core.errors import ConfigError, RequestError
+from ridgeline.core.errors import ConfigError, PromptTooLongError, RequestError
 from ridgeline.core.types import SamplingParams
 
 if TYPE_CHECKING:
     from ridgeline.api.llm import LLM
+    from ridgeline.api.outputs import StreamDelta
 
 Model = Annotated[str, typer.Argument(help="an alias (smollm2) or the path of a GGUF file")]
 
@@ -54,24 +55,30 @@ def chat(
     engine: dict[str, Any],
     params: dict[str, Any],
 ) -> None:
-    """Talk with a model; an empty line or the end of input ends it."""
+    """Talk with a model; an empty line or the end of input ends it.
+
+    A talk that has outgrown the context goes on without its oldest turns. The exit code is 1 if the last question read
+    from a file or a pipe was refused.
+    """
     options = _sampling(max_tokens, params)
     llm = _load(model, _alone(engine))
     messages: list[dict[str, str]] = []
-    prompt = "> " if sys.stdin.isatty() else ""
+    refused, prompt = False, "> " if sys.stdin.isatty() else ""
     while True:
         try:
             question = input(prompt)
         except EOFError:
-            return
+            question = ""
         if not question.strip():
-            return
+            raise typer.Exit(int(refused and not prompt))
         messages.append({"role": "user", "content": question})
         try:
-            deltas = llm.stream(messages, options)  # checked here: a history that has grown too long is refused
+            deltas = _answer(llm, messages, options)
+            refused = False
         except RequestError as error:
             print("error:", " ".join(str(error).split()), file=sys.stderr)
             messages.pop()
+            refused = True
             continue
         answer = ""
         for delta in deltas:
@@ -80,6 +87,24 @@ def chat(
             answer += delta.text
         print()
         messages.append({"role": "assistant", "content": answer})
+
+
+def _answer(llm: LLM, messages: list[dict[str, str]], options: SamplingParams) -> Iterator[StreamDelta]:
+    """The stream of an answer; as many of the oldest turns as it takes are dropped from ``messages`` until they fit."""
+    forgotten = 0
+    while True:
+        try:
+            deltas = llm.stream(messages[2 * forgotten :], options)
+        except PromptTooLongError:
+            forgotten += 1
+            if 2 * forgotten >= len(messages):
+                raise
+            continue
+        if forgotten:
+            turns = "the oldest turn is" if forgotten == 1 else f"the {forgotten} oldest turns are"
+            print(f"(the context is full: {turns} forgotten)", file=sys.stderr)
+            del messages[: 2 * forgotten]
+        return deltas
 
 
 def bench(
@@ -107,9 +132,10 @@ def bench(
         raise ConfigError("the emulated device has no speed to measure: take a GPU, or the cpu backend")
     from ridgeline.api.report import as_json, print_table
     from ridgeline.engine.ledger import render_ledger
-    from ridgeline.perf.bench import run_bench
+    from ridgeline.perf.bench import check_arguments, run_bench
 
-    llm = _load(model, engine)
+    check_arguments(prompt, generate, batches, repetitions)
+    llm = _load(model, engine | {"max_num_seqs": max(engine["max_num_seqs"], *batches)})
     print(render_ledger(llm.runtime.ledger))
     report = run_bench(llm.runtime, prompt, generate, batches, repetitions)
     print_table(llm.runtime, report)

@@ -19,7 +19,7 @@ from ridgeline.engine.request import Request
 
 
 class LLM:
-    """A loaded model. Not for use from several threads at once.
+    """A loaded model. Calls from several threads take turns, step by step; AsyncLLM is for many callers.
 
     Args:
         model: alias ("smollm2") or path of a GGUF file.
@@ -94,7 +94,7 @@ class LLM:
                 if sent == len(request.output_ids):
                     if request.finish_reason is not None:
                         break
-                    engine.step()
+                    self.runtime.engine.step()  # not of an LLM that was closed meanwhile
                 ids = request.output_ids[sent:]  # another stream's step may have served this one too
                 if ids:
                     scores = None if request.logprobs is None else request.logprobs[sent:]

@@ -57,7 +57,7 @@ class EngineConfig:
     max_num_seqs: int = _option(32, "most requests in one step")
     max_num_batched_tokens: int = _option(512, "most tokens in one step")
     max_model_len: int | None = _option(None, "longest sequence, prompt and output (default: the model's context)")
-    block_size: int = _option(16, "tokens in a block of the KV cache")
+    block_size: int = _option(16, "tokens in a block of the KV cache (16 on a CPU)")
     num_kv_blocks: int | None = _option(
         None,
         "blocks in the KV cache (default: 2048 tokens for each of max_num_seqs, memory being taken as it is used, "

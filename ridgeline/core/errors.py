@@ -19,6 +19,10 @@ class RequestError(RidgelineError, ValueError):
     """A request that can never be served: empty or too long a prompt, bad sampling parameters."""
 
 
+class PromptTooLongError(RequestError):
+    """A prompt that does not fit the context."""
+
+
 class QueueFullError(RequestError):
     """A request that would be served, were not so many waiting already: send it again later."""
 

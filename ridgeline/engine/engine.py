@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -29,6 +30,7 @@ from ridgeline.scheduler.sequence import State
 __all__ = ["Engine", "EngineLimits"]
 
 NOT_NUMBERS = "the model's logits are not numbers (NaN): its weights are damaged, or the prompt overflows them"
+NOTHING_LEFT = "bad_words leave no token to sample, or the model's logits are not numbers (NaN)"
 
 
 def _microseconds() -> int:
@@ -36,7 +38,7 @@ def _microseconds() -> int:
 
 
 class Engine:
-    """Runs requests on an executor. Not for use from several threads at once, except that any may make requests.
+    """Runs requests on an executor. Several threads may use it: a step of one serves the requests of all.
 
     Args:
         executor: runs the steps; its slots and blocks are as many as ``limits`` says.
@@ -62,6 +64,7 @@ class Engine:
         recorder: FlightRecorder | None = None,
     ) -> None:
         self.limits = limits
+        self._lock = threading.RLock()  # held by whoever changes what is queued or runs
         self._executor = executor
         self._clock = clock or _microseconds
         self._recorder = recorder
@@ -171,6 +174,10 @@ class Engine:
         Raises, taking none: QueueFullError beyond the bounds, RequestError for one that was submitted before.
         """
         requests = list(requests)
+        with self._lock:
+            self._queue(requests)
+
+    def _queue(self, requests: list[Request]) -> None:
         limits, queue = self.limits, self._scheduler.queue
         number, tokens = len(requests), sum(r.num_tokens for r in requests)
         for name, most, waiting, more in (
@@ -189,14 +196,15 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """Drop a request at once, if it has not ended; what it held is free once no step may still write it."""
-        if request.finish_reason is not None:
-            return
-        try:
-            request.end("abort")
-            self._scheduler.end(request)
-        except BaseException:
-            self._drop_all()
-            raise
+        with self._lock:
+            if request.finish_reason is not None:
+                return
+            try:
+                request.end("abort")
+                self._scheduler.end(request)
+            except BaseException:
+                self._drop_all()
+                raise
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -207,6 +215,10 @@ class Engine:
         Ctrl-C included, all requests are dropped and the engine is idle and usable. A note on the exception says
         where the flight record is, or how to get one.
         """
+        with self._lock:
+            self._step()
+
+    def _step(self) -> None:
         try:
             plan = self._scheduler.schedule(self._clock())
             if plan.num_tokens:
@@ -235,7 +247,8 @@ class Engine:
         """
         if self._recorder is None:
             raise ConfigError("steps are not recorded: set flight_record_steps to how many are wanted")
-        return self._recorder.write(path)
+        with self._lock:
+            return self._recorder.write(path)
 
     def _launch(self, plan: StepPlan) -> None:
         batch = self._builder.build(plan, None if self._open else self._sampled)
@@ -296,7 +309,7 @@ class Engine:
     def _accept_token(self, request: Request, token: int, output: StepOutput, row: int) -> None:
         """Hand a sampled token to its request, all tokens before it being in the cache; end it if that ends it."""
         if token < 0:
-            request.fail(NOT_NUMBERS)
+            request.fail(NOTHING_LEFT if request.params.bad_words else NOT_NUMBERS)
         else:
             request.accept(token, output, row)
         if request.finish_reason is not None or len(request.output_ids) >= request.next_event:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
 
-from ridgeline.core.errors import RequestError
+from ridgeline.core.errors import PromptTooLongError, RequestError
 from ridgeline.core.types import SamplingParams, SlotStart
 from ridgeline.engine.limits import EngineLimits
 from ridgeline.engine.request import Request, pooling_row
@@ -66,6 +66,8 @@ class Intake:
             if self._detokenizer is None:
                 raise RequestError("stop strings and streamed text need a tokenizer, and this engine has none")
             text = TextStream(self._detokenizer(), params.stop)
+        for token in params.stop_token_ids:
+            self._check_token(token, "stop_token_ids")
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
         if parent is not None:
             seed = int(parent.row["seed"])
@@ -103,7 +105,7 @@ class Intake:
         if len(prompt_ids) == 0:
             raise RequestError("the prompt is empty: give at least one token")
         if len(prompt_ids) > most:
-            raise RequestError(
+            raise PromptTooLongError(
                 f"the prompt has {len(prompt_ids)} tokens and the context is {limits.max_len}: shorten it"
                 + (" to leave room for at least one token of output" if most < limits.max_len else "")
             )

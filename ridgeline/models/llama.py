@@ -128,15 +128,18 @@ def _frequency_factors(read: _Keys, head_dim: int, stored: tuple[float, ...] | N
 
 
 def _refuse_unsupported(read: _Keys, config: LlamaConfig) -> None:
-    if read.get("expert_count", 0):
-        raise UnsupportedError(f"mixtures of experts (llama.expert_count = {read.get('expert_count')})")
+    experts = read.get("expert_count", 0)
+    if experts:
+        raise UnsupportedError(f"mixtures of experts are not supported (llama.expert_count = {experts})")
     if read.get("attention.sliding_window", 0):
-        raise UnsupportedError("sliding-window attention (llama.attention.sliding_window)")
+        raise UnsupportedError("sliding-window attention is not supported (llama.attention.sliding_window)")
     rotated = read.get("rope.dimension_count", config.head_dim)
     if rotated != config.head_dim:
-        raise UnsupportedError(f"rotating {rotated} of {config.head_dim} dimensions (llama.rope.dimension_count)")
+        raise UnsupportedError(
+            f"rotating {rotated} of {config.head_dim} dimensions is not supported (llama.rope.dimension_count)"
+        )
     if read.get("attention.value_length", config.head_dim) != config.head_dim:
-        raise UnsupportedError("values of another length than keys (llama.attention.value_length)")
+        raise UnsupportedError("values of another length than keys are not supported (llama.attention.value_length)")
 
 
 def weight_entries(config: LlamaConfig) -> dict[str, WeightEntry]:

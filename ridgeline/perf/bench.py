@@ -127,10 +127,15 @@ def step_share(runtime: Runtime, peaks: Peaks, loads: Sequence[Load], seconds: f
     return sum(roofline(runtime.plan.cost(load), peaks).seconds for load in loads) / seconds
 
 
-def _check_sizes(runtime: Runtime, prompt: int, generate: int, batches: Sequence[int], repetitions: int) -> None:
-    limits = runtime.engine.limits
+def check_arguments(prompt: int, generate: int, batches: Sequence[int], repetitions: int) -> None:
+    """Raise ConfigError for numbers that no engine can hold."""
     if prompt < 0 or generate < 0 or repetitions < 1 or not batches or min(batches) < 1:
         raise ConfigError("bench needs lengths of at least 0, at least 1 repetition and batches of at least 1")
+
+
+def _check_sizes(runtime: Runtime, prompt: int, generate: int, batches: Sequence[int], repetitions: int) -> None:
+    check_arguments(prompt, generate, batches, repetitions)
+    limits = runtime.engine.limits
     if max(batches) > limits.max_requests:
         raise ConfigError(f"a batch of {max(batches)} needs --max-num-seqs {max(batches)} (now {limits.max_requests})")
     if prompt:

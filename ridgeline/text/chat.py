@@ -93,11 +93,13 @@ class ChatTemplate:
         return ids if begin is None or ids[:1] == [begin] else [begin, *ids]
 
     def _render(self, context: Mapping[str, Any]) -> str:
+        from ridgeline.text.sandbox import STEPS
+
         pieces: list[str] = []
         total = 0
         template = self._template
         try:
-            for piece in template.generate(**context):
+            for piece in template.generate({**context, STEPS: [0]}):
                 pieces.append(piece)
                 total += len(piece)
                 if total > MAX_OUTPUT_CHARS:

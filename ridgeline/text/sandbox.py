@@ -2,19 +2,19 @@
 
 The environment is transformers' (block trimming, loop controls, ``tojson``, ``raise_exception``,
 ``strftime_now``, ``{% generation %}``) over jinja2's immutable sandbox, plus bounds on what a
-few characters of template can cost: loop ranges, sizes of strings and numbers it builds. They stop the
-obvious ways to exhaust memory, not a determined author: run models you trust as far as their template.
+few characters of template can cost: turns of loops and calls, sizes of strings and numbers it builds. They stop the
+obvious ways to exhaust time and memory, not a determined author: run models you trust as far as their template.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -23,7 +23,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ridgeline.core.errors import ModelFileError, RequestError
 
-MAX_LOOP = 100_000
+MAX_LOOP = 100_000  # numbers of one range
+MAX_STEPS = 1_000_000  # turns of all loops, and calls, of one rendering
+STEPS = "steps taken"  # a variable that no template can name: holds a list of one number
 MAX_STRING = 1 << 24
 MAX_POWER_BITS = 1 << 12
 
@@ -41,6 +43,14 @@ class _Generation(Extension):
 class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """Has every loop go through the filter that counts its turns."""
+        template = super()._parse(source, name, filename)
+        for loop in template.find_all(nodes.For):
+            counted = nodes.Filter(loop.iter, "counted", [], [], None, None)
+            loop.iter = counted.set_lineno(loop.lineno).set_environment(self)
+        return template
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """The operators that can build something enormous, refused before they do."""
         if operator == "*":
@@ -56,7 +66,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """String methods that pad take a width: bounded like everything else."""
+        """A call is a step; string methods that pad take a width, bounded like everything else."""
+        _step(context)
         obj_method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps str.format
         if getattr(obj, "__name__", "") in ("ljust", "rjust", "center", "zfill", "expandtabs"):
             for width in args:
@@ -66,6 +77,20 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             if _has_wide_field(obj_method.__self__):
                 raise SecurityError("the template formats too wide a field")
         return super().call(context, obj, *args, **kwargs)
+
+
+def _step(context: Context) -> None:
+    steps = context.parent[STEPS]
+    steps[0] += 1
+    if steps[0] > MAX_STEPS:
+        raise SecurityError(f"the template takes more than {MAX_STEPS} steps")
+
+
+@pass_context
+def _counted(context: Context, values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        _step(context)
+        yield value
 
 
 def _check_size(size: int) -> None:
@@ -128,7 +153,7 @@ def compile_template(source: str) -> Template:
     environment: Environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     for name in ("batch", "center", "format", "indent", "slice", "wordwrap"):
         environment.filters[name] = _bounded_filter(environment.filters[name])
-    environment.filters["tojson"] = _tojson
+    environment.filters |= {"tojson": _tojson, "counted": _counted}
     environment.globals.update(range=_range, raise_exception=_raise_exception, strftime_now=_strftime_now)
     for name in ("lipsum", "cycler", "joiner"):
         environment.globals.pop(name, None)

@@ -218,7 +218,8 @@ def _byte_level_bpe(
     try:
         model = models.BPE(_plain_vocabulary(vocabulary), merges, ignore_merges=ignore_merges)
     except Exception as error:  # the library raises bare Exception, naming the merge
-        reason = " ".join(str(error).split())
+        odd = next((m[0] for m in merges if len(m) != 2), None)
+        reason = " ".join(str(error).split()) if odd is None else f"{odd[:60]!r} is no two tokens with a space between"
         raise ModelFileError(f"tokenizer.ggml.merges does not fit the vocabulary: {reason}") from None
     backend = Backend(model)
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]

@@ -37,6 +37,8 @@ def ridgeline(*args: str, **options: str) -> subprocess.CompletedProcess[str]:
         (["run", "smollm2", "-p", "x", "--threads", "0"], "threads must be"),
         (["run", "smollm2", "-p", "x", "--frobnicate"], "No such option"),
         (["bench", "smollm2", "-b", "1;2"], "--batch must be numbers"),
+        (["bench", "smollm2", "-b", "0"], "batches of at least 1"),
+        (["bench", "smollm2", "-p", "-5"], "lengths of at least 0"),
         (["bench", "smollm2", "-o", "xml"], "--output must be table or json"),
         (["bench", "smollm2", "--backend", "cuda", "--device", "emulated"], "the emulated device has no speed"),
     ],
@@ -134,6 +136,36 @@ def test_chat_goes_on_after_a_message_that_does_not_fit(smollm2_path: Path) -> N
     assert "Tokyo" in result.stdout
 
 
+def test_chat_forgets_the_oldest_turns_when_the_context_is_full(smollm2_path: Path) -> None:
+    result = subprocess.run(
+        [*COMMAND, "chat", "smollm2", "-n", "8", "--temperature", "0", "--max-model-len", "80"],
+        cwd=ROOT,
+        input="hello\n" * 3 + "Which city is the capital of Japan?\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0 and "The capital" in result.stdout
+    assert re.fullmatch(r"(\(the context is full: the oldest turn is forgotten\)\n)+", result.stderr), result.stderr
+
+
+def test_chat_fails_when_the_last_question_of_a_file_is_refused(smollm2_path: Path) -> None:
+    command = [*COMMAND, "chat", "smollm2", "--max-model-len", "80"]
+    result = subprocess.run(command, cwd=ROOT, input="word " * 90, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and result.stdout == ""
+    assert re.fullmatch(r"error: the prompt has [^\n]+\n", result.stderr)
+
+
+@pytest.mark.parametrize(("closed", "code"), [("<&-", 0), (">&-", 1), ("2>&-", 0)])
+def test_streams_that_are_closed_from_the_start(smollm2_path: Path, closed: str, code: int) -> None:
+    for words in (["--version"], ["chat", "smollm2"]):
+        line = f"exec {' '.join([*COMMAND, *words])} {closed} < /dev/null" if closed != "<&-" else ""
+        line = line or f"exec {' '.join([*COMMAND, *words])} <&-"
+        result = subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert result.returncode == code, result.stderr
+        assert result.stderr in ("", "error: standard output is closed: nobody could read the result\n")
+
+
 def test_output_that_cannot_be_written_is_one_line_and_code_1(smollm2_path: Path) -> None:
     with open("/dev/full", "w") as full:
         result = subprocess.run(
@@ -144,9 +176,14 @@ def test_output_that_cannot_be_written_is_one_line_and_code_1(smollm2_path: Path
 
 
 def test_more_memory_than_there_is_is_a_usage_error(smollm2_path: Path) -> None:
-    result = ridgeline("run", "smollm2", "-p", "x", "--num-kv-blocks", str(2**31 - 1))
-    assert result.returncode == 2
-    assert re.fullmatch(r"error: there is not enough memory [^\n]+num_kv_blocks 2147483647[^\n]+\n", result.stderr)
+    for flag, value, found in [
+        ("--num-kv-blocks", 2**31 - 1, "num_kv_blocks 2147483647"),
+        ("--num-kv-blocks", 10**8, "num_kv_blocks 100000000"),
+        ("--max-num-batched-tokens", 2**28, "a step's values"),
+    ]:
+        result = ridgeline("run", "smollm2", "-p", "x", flag, str(value))
+        assert result.returncode == 2
+        assert re.fullmatch(rf"error: there is not enough memory [^\n]*{found}[^\n]+\n", result.stderr), result.stderr
 
 
 def test_bench_prints_a_table_and_one_line_of_json(smollm2_path: Path) -> None:
@@ -163,6 +200,6 @@ def test_bench_prints_a_table_and_one_line_of_json(smollm2_path: Path) -> None:
 
 
 def test_bench_refuses_what_cannot_fit(smollm2_path: Path) -> None:
-    result = ridgeline("bench", "smollm2", "-b", "64")
+    result = ridgeline("bench", "smollm2", "-b", "64", "--num-kv-blocks", "512")
     assert result.returncode == 2
-    assert result.stderr == "error: a batch of 64 needs --max-num-seqs 64 (now 32)\n"
+    assert "there are 512: lower -n or -b, or give --num-kv-blocks 1152" in result.stderr

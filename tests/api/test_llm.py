@@ -227,6 +227,7 @@ def test_embeddings(llm: LLM) -> None:
     [
         ({"logit_bias": {128: 1.0}}, "logit_bias names token id 128"),
         ({"bad_words": [[128]]}, "bad_words names token id 128"),
+        ({"stop_token_ids": [5, 128]}, "stop_token_ids names token id 128"),
         ({"bad_words": ["word"]}, "bad_words as texts need a tokenizer"),
     ],
 )
@@ -273,6 +274,10 @@ def test_unknown_arguments_raise_with_a_hint(llm: LLM) -> None:
 def test_closed(llm: LLM) -> None:
     with llm as same:
         assert same is llm
+        stream = llm.stream("abc", SamplingParams(ignore_eos=True))
+        next(stream)
+    with pytest.raises(RequestError, match="closed"):
+        next(stream)
     with pytest.raises(RequestError, match="closed"):
         llm.generate("a")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ridgeline import LLM, RequestError, SamplingParams
-from ridgeline.core.errors import ModelFileError, UnsupportedError
+from ridgeline.core.errors import ModelFileError, RidgelineError, UnsupportedError
 from ridgeline.models.load import Model, load_model
 
 PROMPTS = ["The capital of France is", "2, 4, 6, 8,", "Once upon a time there was a " * 12, "A"]
@@ -40,6 +43,40 @@ def test_results_depend_on_neither_batch_nor_chunks_nor_threads(llm: LLM, smollm
         assert together == [r.outputs[0] for r in other.generate(PROMPTS, PARAMS)]
 
 
+def test_threads_that_share_it_get_what_they_would_alone(llm: LLM) -> None:
+    alone = [llm.generate(p, s)[0].outputs[0] for p, s in zip(PROMPTS, PARAMS, strict=True)]
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        for _ in range(3):
+            shared = pool.map(lambda p, s: llm.generate(p, s)[0].outputs[0], PROMPTS, PARAMS)
+            assert list(shared) == alone
+
+
+FORKED = """
+import os, sys
+from ridgeline import LLM, SamplingParams
+llm, params = LLM(sys.argv[1], threads=2), SamplingParams(temperature=0, max_tokens=4)
+text = llm.generate("The sea", params)[0].outputs[0].text
+child = os.fork()
+if child == 0:
+    try:
+        llm.generate("The sea", params)
+    except Exception as error:
+        print(error, flush=True)
+    with LLM(sys.argv[1], threads=2) as own:
+        assert own.generate("The sea", params)[0].outputs[0].text == text
+    sys.exit(3)  # which lets go of the parent's model, whose threads are not here
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+assert llm.generate("The sea", params)[0].outputs[0].text == text
+"""
+
+
+def test_a_fork_is_told_to_load_its_own(smollm2_path: Path) -> None:
+    command = [sys.executable, "-c", FORKED, str(smollm2_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "this model was loaded before the process forked: load it in the child\n"
+
+
 def test_streamed_text_is_the_text(llm: LLM) -> None:
     for prompt, params in zip(PROMPTS, PARAMS, strict=True):
         whole = llm.generate(prompt, params)[0].outputs[0]
@@ -60,6 +97,12 @@ def test_logprobs_hold_the_sampled_token_and_the_best(llm: LLM) -> None:
         "".join(entry[t].decoded_token for t, entry in zip(output.token_ids, output.logprobs, strict=True))
         == output.text
     )
+
+
+def test_bans_that_leave_no_token_say_so(llm: LLM) -> None:
+    banned = SamplingParams(bad_words=[[i] for i in range(llm.runtime.engine.limits.vocab_size)], max_tokens=2)
+    with pytest.raises(RidgelineError, match="bad_words leave no token"):
+        llm.generate("a", banned)
 
 
 def test_a_prompt_beyond_the_context_is_refused_before_anything_runs(llm: LLM) -> None:

@@ -200,6 +200,8 @@ def test_no_template_or_a_broken_one() -> None:
         ("{{ messages.append(1) }}", "unsafe|not safely callable"),
         ("{{ messages[0].update({'a': 1}) }}", "unsafe|not safely callable"),
         ("{% for i in range(10000000) %}{% endfor %}", "loops over more than"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1000000 steps"),
+        ("{% macro f(n) %}{{ f(n - 1) + f(n - 1) if n else '' }}{% endmacro %}{{ f(40) }}", "more than 1000000 steps"),
         ("{{ 'a' * 100000000 }}", "larger than"),
         ("{{ 100000000 * 'a' }}", "larger than"),
         ("{{ 9 ** 9999999 }}", "too large a number"),
@@ -220,6 +222,17 @@ def test_templates_are_bounded(source: str, message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         ChatTemplate(source).encode(HELLO, TINY)
     assert "\n" not in str(caught.value)
+
+
+def test_counted_loops_are_loops() -> None:
+    source = (
+        "{% for x in 'abcd' if x != 'b' %}{{ loop.index }}{{ x }}{{ loop.length }}{{ loop.last }} {% endfor %}"
+        "{% for x in nothing %}{% else %}none {% endfor %}"
+        "{% for k, v in {'k': [1, [2]]}.items() %}{{ k }}{% for n in v recursive %}"
+        "{{ loop(n) if n is sequence else n }}{% endfor %}{% endfor %}"
+    )
+    ids = ChatTemplate(source).encode(HELLO, TINY)
+    assert TINY.decode(ids) == "1a3False 2c3False 3d3True none k12"
 
 
 def test_begin_token_is_not_doubled() -> None:
