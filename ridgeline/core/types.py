@@ -226,7 +226,7 @@ class SlotStart:
         return penalties == (1.0, 0.0, 0.0) and not (len(self.bias_ids) or minimum or self.bad_words)
 
 
-@dataclass
+@dataclass(slots=True)
 class Batch:
     """One step's work, flat. T tokens of B requests (prefill chunks and decodes alike), S sampled rows.
 
@@ -260,7 +260,7 @@ class Batch:
     extras: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(slots=True)
 class StepOutput:
     """What a step produced, one entry per row of ``Batch.sample_rows``.
 
@@ -289,7 +289,7 @@ class TokenMasks:
     bits: npt.NDArray[np.uint32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ticket:
     """A step under way; hand it back to ``finish`` exactly once."""
 

@@ -197,14 +197,16 @@ class Engine:
     def abort(self, request: Request) -> None:
         """Drop a request at once, if it has not ended; what it held is free once no step may still write it."""
         with self._lock:
-            if request.finish_reason is not None:
-                return
-            try:
-                request.end("abort")
-                self._scheduler.end(request)
-            except BaseException:
-                self._drop_all()
-                raise
+            if request.finish_reason is None:
+                self._abort(request)
+
+    def _abort(self, request: Request) -> None:
+        try:
+            request.end("abort")
+            self._scheduler.end(request)
+        except BaseException:
+            self._drop_all()
+            raise
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
