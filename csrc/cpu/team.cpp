@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
+#include <stdexcept>
 #include <string>
 
 namespace ridgeline {
@@ -110,6 +111,7 @@ void Team::work(int thread) {
 }
 
 void Team::run(const std::function<void(int)>& job) {
+  if (forked()) throw std::runtime_error("the process has forked and the threads are not here");
   job_ = &job;
   cursor_.store(0);
   for (int t = 0; t < size_; t++) pool(0, t).reset();

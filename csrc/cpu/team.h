@@ -25,10 +25,10 @@ class Team {
 
   int size() const { return size_; }
 
-  // Whether this is a fork of the process that made the team: its threads are not here, and it must not be run.
+  // Whether this is a fork of the process that made the team: its threads are not here.
   bool forked() const;
 
-  // Calls job(thread) once on every thread, the caller being thread 0, and returns when all are done.
+  // Calls job(thread) once on every thread, the caller being thread 0, and returns when all are done. Throws in a fork.
   // Workers spin for a short while after a job, then sleep: an idle team uses no CPU.
   void run(const std::function<void(int)>& job);
 
@@ -90,7 +90,7 @@ class Team {
   }
 
  private:
-  static constexpr int kHelped = 4;  // a look at every other thread's counter would cost many cores more than it saves
+  static constexpr int kHelped = 4;  // a look at every other's counter, a line of another core, would grow with the team
 
   int dealt(int block) const {
     const int round = block / size_, place = block % size_;

@@ -13,8 +13,9 @@ USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 def main() -> NoReturn:
     """Run the command line: exit code 0, 1 (failure), 2 (usage) or 130 (interrupt), errors as one line each."""
-    if not _open_streams():
-        _leave(FAILURE)
+    _replace_closed_streams()
+    if sys.stdout is None:
+        _leave(_complain("standard output is closed: nobody could read the result", FAILURE))
     try:
         code = _run_app()
         sys.stdout.flush()
@@ -33,16 +34,12 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-def _open_streams() -> bool:
-    """Stand in for an input and an error stream that were closed before the start; False where nobody can read."""
+def _replace_closed_streams() -> None:
+    """Stand in for an input and an error stream that were closed before the start."""
     if sys.stdin is None:
         sys.stdin = open(os.devnull)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
-    if sys.stdout is not None:
-        return True
-    _complain("standard output is closed: nobody could read the result", FAILURE)
-    return False
 
 
 def _complain(message: str, code: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,13 +15,12 @@ from ridgeline.api.explain import explain
 from ridgeline.api.flags import with_flags
 from ridgeline.api.kernels import make_app
 from ridgeline.api.profile import profile
-from ridgeline.core.config import ISAS
-from ridgeline.core.errors import ConfigError, PromptTooLongError, RequestError
+from ridgeline.core.config import ISAS, EngineConfig
+from ridgeline.core.errors import ConfigError, RequestError
 from ridgeline.core.types import SamplingParams
 
 if TYPE_CHECKING:
     from ridgeline.api.llm import LLM
-    from ridgeline.api.outputs import StreamDelta
 
 Model = Annotated[str, typer.Argument(help="an alias (smollm2) or the path of a GGUF file")]
 
@@ -73,7 +72,8 @@ def chat(
             raise typer.Exit(int(refused and not prompt))
         messages.append({"role": "user", "content": question})
         try:
-            deltas = _answer(llm, messages, options)
+            messages = _fitting(llm, messages, max_tokens)
+            deltas = llm.stream(messages, options)
             refused = False
         except RequestError as error:
             print("error:", " ".join(str(error).split()), file=sys.stderr)
@@ -89,22 +89,18 @@ def chat(
         messages.append({"role": "assistant", "content": answer})
 
 
-def _answer(llm: LLM, messages: list[dict[str, str]], options: SamplingParams) -> Iterator[StreamDelta]:
-    """The stream of an answer; as many of the oldest turns as it takes are dropped from ``messages`` until they fit."""
-    forgotten = 0
-    while True:
-        try:
-            deltas = llm.stream(messages[2 * forgotten :], options)
-        except PromptTooLongError:
-            forgotten += 1
-            if 2 * forgotten >= len(messages):
-                raise
-            continue
-        if forgotten:
-            turns = "the oldest turn is" if forgotten == 1 else f"the {forgotten} oldest turns are"
-            print(f"(the context is full: {turns} forgotten)", file=sys.stderr)
-            del messages[: 2 * forgotten]
-        return deltas
+def _fitting(llm: LLM, messages: list[dict[str, str]], max_tokens: int) -> list[dict[str, str]]:
+    """``messages`` without as many of the oldest turns as it takes to leave room for an answer."""
+    runtime, limits = llm.runtime, llm.runtime.engine.limits
+    most = min(limits.max_len, min(limits.num_blocks) * limits.block_size)
+    room = min(max_tokens, most // 4)
+    template, kept = runtime.chat_template(), messages
+    while len(kept) > 2 and len(template.encode(kept, runtime.tokenizer)) + room > most:
+        kept = kept[2:]
+    if forgotten := (len(messages) - len(kept)) // 2:
+        turns = "the oldest turn is" if forgotten == 1 else f"the {forgotten} oldest turns are"
+        print(f"(the context is full: {turns} forgotten)", file=sys.stderr)
+    return kept
 
 
 def bench(
@@ -135,7 +131,9 @@ def bench(
     from ridgeline.perf.bench import check_arguments, run_bench
 
     check_arguments(prompt, generate, batches, repetitions)
-    llm = _load(model, engine | {"max_num_seqs": max(engine["max_num_seqs"], *batches)})
+    if generate and engine["max_num_seqs"] == EngineConfig.max_num_seqs:  # not what the user asks for
+        engine = engine | {"max_num_seqs": max(engine["max_num_seqs"], *batches)}
+    llm = _load(model, engine)
     print(render_ledger(llm.runtime.ledger))
     report = run_bench(llm.runtime, prompt, generate, batches, repetitions)
     print_table(llm.runtime, report)

@@ -74,8 +74,10 @@ class Frontend:
             raise RequestError(
                 f"{owner}.stream gives one completion and no prompt_logprobs: use {owner}.generate for these"
             )
-        plain = as_prompt(prompt) if isinstance(prompt, Mapping) else prompt
-        ids = self._encode_chat(plain) if is_chat(plain) else self._encode(plain)  # type: ignore[arg-type]
+        if isinstance(prompt, Mapping):
+            ids = self._encode(as_prompt(prompt))
+        else:
+            ids = self._encode_chat(prompt) if is_chat(prompt) else self._encode(prompt)  # type: ignore[arg-type]
         return self._runtime.engine.make_request(ids, one, stream=True, priority=priority, cache_salt=cache_salt)
 
     def pooled(self, inputs: Sequence[Input], pooling: str) -> list[Request]:

@@ -34,6 +34,10 @@ def as_prompt(prompt: Any) -> Plain:
         if isinstance(ids, str):
             raise RequestError('"prompt_token_ids" must be a list of token ids, got a text: that is "prompt"')
         prompt = prompt.get("prompt") if ids is None else ids
+        if prompt is None:
+            raise RequestError(
+                'a prompt must be a text or a list of token ids: "prompt" and "prompt_token_ids" are missing'
+            )
     if isinstance(prompt, str):
         return prompt
     if not is_list(prompt):

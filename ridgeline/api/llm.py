@@ -19,7 +19,8 @@ from ridgeline.engine.request import Request
 
 
 class LLM:
-    """A loaded model. Calls from several threads take turns, step by step; AsyncLLM is for many callers.
+    """A loaded model. Calls from several threads take turns, step by step, and an exception in one (Ctrl-C too) drops
+    the requests of all; AsyncLLM is for many callers. A fork of the process has to load its own.
 
     Args:
         model: alias ("smollm2") or path of a GGUF file.
@@ -85,21 +86,17 @@ class LLM:
         return self._deltas(self._frontend.streamed("LLM", prompt, sampling_params))
 
     def _deltas(self, request: Request) -> Iterator[StreamDelta]:
-        engine, frontend, text = self.runtime.engine, self._frontend, request.text
-        assert text is not None
-        sent = 0
+        engine, frontend = self.runtime.engine, self._frontend
+        sent, reason = 0, None
         engine.submit([request])
         try:
-            while True:
-                if sent == len(request.output_ids):
-                    if request.finish_reason is not None:
-                        break
-                    self.runtime.engine.step()  # not of an LLM that was closed meanwhile
-                ids = request.output_ids[sent:]  # another stream's step may have served this one too
+            while reason is None:
+                text, ids, scores, reason = engine.news(request, sent)  # a step of another caller may have served it
                 if ids:
-                    scores = None if request.logprobs is None else request.logprobs[sent:]
                     sent += len(ids)
-                    yield frontend.delta(text.take(), ids, scores, request.finish_reason)
+                    yield frontend.delta(text, ids, scores, reason)
+                elif reason is None:
+                    self.runtime.engine.step()  # raises once the LLM is closed
             need_whole(request)
         finally:
             engine.abort(request)
@@ -127,7 +124,7 @@ class LLM:
         """The pooled final hidden states of prompts, in their order.
 
         Args:
-            prompts: a text, a list of token ids, or a list of these.
+            prompts: as of ``generate``.
             pooling: "mean" over all tokens (added up in their order, in float64) or the "last" token's.
         """
         refuse_unknown("LLM.embed", unknown, ["prompts", "pooling"])

@@ -19,10 +19,6 @@ class RequestError(RidgelineError, ValueError):
     """A request that can never be served: empty or too long a prompt, bad sampling parameters."""
 
 
-class PromptTooLongError(RequestError):
-    """A prompt that does not fit the context."""
-
-
 class QueueFullError(RequestError):
     """A request that would be served, were not so many waiting already: send it again later."""
 
@@ -37,3 +33,10 @@ class EngineDeadError(RidgelineError):
 
 class SlowReaderError(RidgelineError):
     """A stream that was dropped because its reader left too much of it unread."""
+
+
+class ForkedError(RidgelineError):
+    """A loaded model in a fork of the process that loaded it: its threads and who held its locks stayed behind."""
+
+    def __init__(self) -> None:
+        super().__init__("this model was loaded before the process forked: load it in the child")

@@ -48,7 +48,7 @@ class SamplingParams:
         max_tokens: most tokens to generate, at least 1.
         seed: 64-bit seed; the same seed gives the same tokens. None draws one.
         stop: strings that end the text; they are not part of the result.
-        stop_token_ids: tokens that end the text.
+        stop_token_ids: tokens of the vocabulary that end the text.
         ignore_eos: go on past the end-of-text token.
         logprobs: return the sampled token's log probability and the k best (None: neither).
         prompt_logprobs: the same for each prompt token but the first (None: neither).

@@ -11,14 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from ridgeline.core.errors import ConfigError, QueueFullError, RequestError, RidgelineError
+from ridgeline.core.errors import ConfigError, ForkedError, QueueFullError, RequestError, RidgelineError
 from ridgeline.core.ranges import Wrap, trace
 from ridgeline.core.types import Executor, Int32, SamplingParams, StepOutput, Ticket
 from ridgeline.engine.batching import BatchBuilder
 from ridgeline.engine.intake import Intake, WordEncoder
 from ridgeline.engine.limits import EngineLimits
 from ridgeline.engine.recorder import FlightRecorder
-from ridgeline.engine.request import Request
+from ridgeline.engine.request import Request, Scored
 from ridgeline.engine.text import Detokenizer
 from ridgeline.kvcache.cache import CacheGroup, KVCache
 from ridgeline.scheduler.budget import StepBudget
@@ -38,7 +38,8 @@ def _microseconds() -> int:
 
 
 class Engine:
-    """Runs requests on an executor. Several threads may use it: a step of one serves the requests of all.
+    """Runs requests on an executor. Several threads may use it: a step of one serves the requests of all, and an
+    exception in one drops the requests of all.
 
     Args:
         executor: runs the steps; its slots and blocks are as many as ``limits`` says.
@@ -65,6 +66,9 @@ class Engine:
     ) -> None:
         self.limits = limits
         self._lock = threading.RLock()  # held by whoever changes what is queued or runs
+        self._process = os.getpid()
+        self._stepping = False
+        self._left: list[Request] = []  # aborted amid a step by its own thread, as a finalizer may
         self._executor = executor
         self._clock = clock or _microseconds
         self._recorder = recorder
@@ -174,6 +178,7 @@ class Engine:
         Raises, taking none: QueueFullError beyond the bounds, RequestError for one that was submitted before.
         """
         requests = list(requests)
+        self._check_process()
         with self._lock:
             self._queue(requests)
 
@@ -196,8 +201,12 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """Drop a request at once, if it has not ended; what it held is free once no step may still write it."""
+        if os.getpid() != self._process:  # where nobody would ever give the lock back
+            return
         with self._lock:
-            if request.finish_reason is None:
+            if self._stepping:
+                self._left.append(request)
+            elif request.finish_reason is None:
                 self._abort(request)
 
     def _abort(self, request: Request) -> None:
@@ -217,8 +226,27 @@ class Engine:
         Ctrl-C included, all requests are dropped and the engine is idle and usable. A note on the exception says
         where the flight record is, or how to get one.
         """
+        self._check_process()
         with self._lock:
-            self._step()
+            self._stepping = True
+            try:
+                self._step()
+            finally:
+                self._stepping = False
+                while self._left:
+                    self.abort(self._left.pop())
+
+    def news(self, request: Request, sent: int) -> tuple[str, list[int], list[Scored] | None, str | None]:
+        """What a stream that has told ``sent`` tokens has not told yet: text, token ids, their scores if it wants them;
+        and why the request has ended, None if it has not."""
+        assert request.text is not None
+        with self._lock:
+            scores = None if request.logprobs is None else request.logprobs[sent:]
+            return request.text.take(), request.output_ids[sent:], scores, request.finish_reason
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise ForkedError
 
     def _step(self) -> None:
         try:
@@ -236,7 +264,7 @@ class Engine:
             raise
 
     def trace(self, wrap: Wrap) -> Callable[[], None]:
-        """Wraps each step and its parts until what is returned is called; not while a step runs."""
+        """Wraps each step and its parts until what is returned is called; nobody else may be stepping at either."""
         methods: list[tuple[str, Any, str]] = [("step", self, "step"), ("schedule", self._scheduler, "schedule")]
         methods += [("batch", self._builder, "build")]
         methods += [(name, self._executor, name) for name in ("launch", "finish")]
@@ -249,6 +277,7 @@ class Engine:
         """
         if self._recorder is None:
             raise ConfigError("steps are not recorded: set flight_record_steps to how many are wanted")
+        self._check_process()
         with self._lock:
             return self._recorder.write(path)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
 
-from ridgeline.core.errors import PromptTooLongError, RequestError
+from ridgeline.core.errors import RequestError
 from ridgeline.core.types import SamplingParams, SlotStart
 from ridgeline.engine.limits import EngineLimits
 from ridgeline.engine.request import Request, pooling_row
@@ -105,7 +105,7 @@ class Intake:
         if len(prompt_ids) == 0:
             raise RequestError("the prompt is empty: give at least one token")
         if len(prompt_ids) > most:
-            raise PromptTooLongError(
+            raise RequestError(
                 f"the prompt has {len(prompt_ids)} tokens and the context is {limits.max_len}: shorten it"
                 + (" to leave room for at least one token of output" if most < limits.max_len else "")
             )

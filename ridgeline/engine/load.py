@@ -208,22 +208,24 @@ def plan_executor(
     from ridgeline.backends.cpu.lowering import plan_target
 
     plan = compile(graph, plan_target(kv_dtype, config.isa, activation_dtype(config)))
-    _check_memory(plan, 0 if config.num_kv_blocks is None and config.kv_cache_bytes is None else num_blocks or 0)
+    _check_memory(config, plan, num_blocks)
     sizes |= {"threads": config.threads, "isa": config.isa}
     # A packed weight's pages in the file are not read again: they are given back as packing goes on.
     return plan, lambda: CpuExecutor(plan, model.weights, mapped=model.file.mapped, **sizes)
 
 
-def _check_memory(plan: Plan, num_blocks: int) -> None:
-    """Raise ConfigError for more blocks and larger steps than this machine has memory for: the kernel would not, as
-    untouched memory costs nothing. (Which is why ``num_blocks`` is 0 where nobody asked for a number.)"""
-    cache = sum(c.bytes_per_token * c.block_size for c in plan.caches) * num_blocks
+def _check_memory(config: EngineConfig, plan: Plan, num_blocks: int | None) -> None:
+    """Raise ConfigError for a cache that somebody asks for, or steps, beyond this machine's memory (a container's limit
+    is not looked at): the kernel would give it, as untouched memory costs nothing."""
+    asked = [name for name in ("num_kv_blocks", "kv_cache_bytes") if getattr(config, name) is not None]
+    cache = sum(c.bytes_per_token * c.block_size for c in plan.caches) * (num_blocks or 0) if asked else 0
     most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if cache + plan.arena_bytes > most:
+        kv = f"a KV cache of {cache / 2**30:.1f} GiB ({asked[0]} {getattr(config, asked[0])}) and " if asked else ""
+        ways = [*asked, "max_num_seqs or max_num_batched_tokens"]
         raise ConfigError(
-            f"there is not enough memory for num_kv_blocks {num_blocks or 'by default'} ({cache / 2**30:.1f} GiB) and "
-            f"a step's values ({plan.arena_bytes / 2**30:.1f} GiB): this machine has {most / 2**30:.1f} GiB; lower "
-            "num_kv_blocks, max_num_seqs or max_num_batched_tokens"
+            f"there is not enough memory for {kv}a step's {plan.arena_bytes / 2**30:.1f} GiB of values: "
+            f"this machine has {most / 2**30:.1f} GiB; lower {', '.join(ways)}"
         )
 
 

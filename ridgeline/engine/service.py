@@ -7,6 +7,7 @@ nothing to do it sleeps until a command comes.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
-from ridgeline.core.errors import EngineDeadError, RidgelineError, SlowReaderError
+from ridgeline.core.errors import EngineDeadError, ForkedError, RidgelineError, SlowReaderError
 from ridgeline.engine.engine import Engine
 from ridgeline.engine.request import Request, Scored
 
@@ -89,6 +90,7 @@ class EngineService:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._jobs: dict[Request, Job] = {}  # of every request that has not ended
         self._posts: dict[Loop, list[tuple[Job, Event]]] = {}
+        self._process = os.getpid()
         self._gate = threading.RLock()  # reentrant: a finalizer may close the service amid a command of its thread
         self._death: str | None = None  # why no command is taken any more
         self._cause: BaseException | None = None
@@ -159,7 +161,10 @@ class EngineService:
             raise self._dead()
 
     def close(self) -> None:
-        """End what runs, each job with an EngineDeadError, and wait for the thread. Does nothing the second time."""
+        """End what runs, each job with an EngineDeadError, and wait for the thread. Does nothing the second time, and
+        nothing in a fork."""
+        if os.getpid() != self._process:
+            return
         with self._gate:
             if self._death is None:
                 self._inbox.put(self._close)
@@ -167,6 +172,8 @@ class EngineService:
             self._thread.join()
 
     def _put(self, command: Callable[[], None]) -> None:
+        if os.getpid() != self._process:
+            raise ForkedError
         with self._gate:
             self.check_alive()
             self._inbox.put(command)
@@ -250,12 +257,9 @@ class EngineService:
 
     def _news(self, job: Job, reason: str | None) -> Event:
         """What is new of a stream since the last time."""
-        request, sent = job.requests[0], job.num_sent
-        assert request.text is not None
-        ids = request.output_ids[sent:]
-        scores = None if request.logprobs is None else request.logprobs[sent:]
+        text, ids, scores, _ = self._engine.news(job.requests[0], job.num_sent)
         job.num_sent += len(ids)
-        return Event(request.text.take(), ids, scores, reason)
+        return Event(text, ids, scores, reason)
 
     def _too_slow(self, job: Job) -> SlowReaderError:
         return SlowReaderError(

@@ -18,7 +18,7 @@ from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, no
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ridgeline.core.errors import ModelFileError, RequestError
@@ -44,7 +44,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Has every loop go through the filter that counts its turns."""
+        """Has every loop go through the filter that counts its turns. This method is jinja2's own, for there is no
+        other way to a template's tree; a test sees that it is called."""
         template = super()._parse(source, name, filename)
         for loop in template.find_all(nodes.For):
             counted = nodes.Filter(loop.iter, "counted", [], [], None, None)
@@ -68,6 +69,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A call is a step; string methods that pad take a width, bounded like everything else."""
         _step(context)
+        if isinstance(obj, LoopContext) and args:  # of a recursive loop: starts the next level
+            args = (_counted(context, args[0]), *args[1:])
         obj_method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps str.format
         if getattr(obj, "__name__", "") in ("ljust", "rjust", "center", "zfill", "expandtabs"):
             for width in args:
@@ -79,9 +82,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
 
-def _step(context: Context) -> None:
+def _step(context: Context, number: int = 1) -> None:
     steps = context.parent[STEPS]
-    steps[0] += 1
+    steps[0] += number
     if steps[0] > MAX_STEPS:
         raise SecurityError(f"the template takes more than {MAX_STEPS} steps")
 
@@ -93,14 +96,14 @@ def _counted(context: Context, values: Iterable[Any]) -> Iterator[Any]:
         yield value
 
 
-def _check_size(size: int) -> None:
-    if size > MAX_STRING:
-        raise SecurityError(f"the template builds something larger than {MAX_STRING} characters")
+def _check_size(size: int, most: int = MAX_STRING) -> None:
+    if size > most:
+        raise SecurityError(f"the template builds something larger than {most} characters or items")
 
 
 def _check_repeat(what: Any, times: Any) -> None:
     if isinstance(what, (str, list, tuple)) and isinstance(times, int):
-        _check_size(len(what) * max(times, 0))
+        _check_size(len(what) * max(times, 0), MAX_STRING if isinstance(what, str) else MAX_LOOP)
 
 
 def _has_wide_field(text: str) -> bool:
@@ -128,10 +131,12 @@ def _bounded_filter(function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _range(*bounds: int) -> Sequence[int]:
+@pass_context
+def _range(context: Context, *bounds: int) -> Sequence[int]:
     values = range(*bounds)
     if len(values) > MAX_LOOP:
         raise SecurityError(f"the template loops over more than {MAX_LOOP} numbers")
+    _step(context, len(values))  # filters go over it as well
     return values
 
 

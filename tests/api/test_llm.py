@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_prompts_one_or_several_texts_or_token_ids(llm: LLM) -> None:
 
 
 def test_prompts_in_the_form_of_mappings(llm: LLM) -> None:
-    text, ids = {"prompt": "abc"}, {"prompt_token_ids": [97, 98], "prompt": "shown, not read"}
+    text, ids = {"prompt": "abc"}, {"prompt_token_ids": [97, 98], "prompt": "ignored beside the ids"}
     results = llm.generate([text, ids, "abc"], SEEDED)
     assert results == llm.generate(["abc", [97, 98], "abc"], SEEDED)
     assert [llm.generate(one, SEEDED) for one in (text, ids)] == [[r] for r in results[:2]]
@@ -91,6 +92,48 @@ def test_a_stream_dropped_by_a_failure_beside_it_says_so(llm: LLM) -> None:
         llm.generate("other", SEEDED)
     with pytest.raises(RidgelineError, match="dropped"):
         list(stream)
+
+
+def test_a_stream_closed_amid_a_step_leaves_after_it(llm: LLM) -> None:
+    stream = llm.stream("abc", SamplingParams(max_tokens=20, ignore_eos=True))
+    next(stream)
+    executor: Any = llm.runtime.engine._executor
+    launch = executor.launch
+
+    def launch_and_collect(batch: Any) -> Any:  # as the garbage collector may at any time
+        stream.close()
+        return launch(batch)
+
+    executor.launch = launch_and_collect
+    try:
+        assert llm.generate("abc", SEEDED)[0].outputs[0].token_ids == expected("abc", SEEDED)[0]
+    finally:
+        del executor.launch
+    assert llm.runtime.engine.num_held_blocks == 0
+    llm.runtime.engine.check()
+
+
+def test_a_stream_that_another_threads_steps_serve_tells_all(llm: LLM) -> None:
+    params = SamplingParams(seed=5, max_tokens=12, ignore_eos=True, logprobs=1)
+    whole = llm.generate("first", params)[0].outputs[0]
+    engine, stop = llm.runtime.engine, threading.Event()
+
+    def keep_stepping() -> None:
+        while not stop.is_set():
+            engine.step()
+
+    other = threading.Thread(target=keep_stepping)
+    other.start()
+    try:
+        for _ in range(50):
+            deltas = list(llm.stream("first", params))
+            assert "".join(d.text for d in deltas) == whole.text
+            assert [t for d in deltas for t in d.token_ids] == whole.token_ids
+            assert [s for d in deltas for s in d.logprobs or []] == whole.logprobs
+            assert [d.finish_reason for d in deltas] == [None] * (len(deltas) - 1) + ["length"]
+    finally:
+        stop.set()
+        other.join()
 
 
 def test_a_closed_stream_holds_nothing(llm: LLM) -> None:
@@ -144,11 +187,17 @@ def test_what_is_no_prompt_and_no_conversation_is_refused(llm: LLM) -> None:
     for wrong in (message, [message], {"prompt": "hi", "multi_modal_data": {}}):
         with pytest.raises(RequestError, match="a prompt has no '(role|multi_modal_data)'"):
             llm.generate(wrong, SEEDED)
+    for wrong in ({}, {"prompt": None}):
+        with pytest.raises(RequestError, match="are missing"):
+            llm.generate(wrong, SEEDED)
+    for wrong in ({"prompt": [message]}, {"prompt_token_ids": [message]}):  # no conversation either
+        with pytest.raises(RequestError, match="flat list of integers"):
+            llm.stream(wrong, SEEDED)
     with pytest.raises(RequestError, match="got a text"):
         llm.generate({"prompt_token_ids": "hi"}, SEEDED)
     with pytest.raises(RequestError, match="a prompt has no 'role'"):
         llm.stream(message, SEEDED)
-    for wrong in (b"hi", bytearray(b"hi"), [b"hi"], None, {}, {"prompt": b"hi"}):
+    for wrong in (b"hi", bytearray(b"hi"), [b"hi"], None, {"prompt": b"hi"}):
         with pytest.raises(RequestError, match="must be a text"):
             llm.generate(wrong, SEEDED)  # type: ignore[arg-type]
     assert not llm.runtime.engine.has_work

@@ -202,6 +202,13 @@ def test_no_template_or_a_broken_one() -> None:
         ("{% for i in range(10000000) %}{% endfor %}", "loops over more than"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1000000 steps"),
         ("{% macro f(n) %}{{ f(n - 1) + f(n - 1) if n else '' }}{% endmacro %}{{ f(40) }}", "more than 1000000 steps"),
+        ("{% for x in [0] recursive %}{{ loop(range(99999)) }}{% endfor %}", "more than 1000000 steps"),
+        (
+            "{% for x in range(9999) %}{% for y in [0, 1] recursive %}{{ loop(x * [0]) if y }}{% endfor %}{% endfor %}",
+            "more than 1000000 steps",
+        ),
+        ("{% for i in range(99) %}{{ range(99999) | sum }}{% endfor %}", "more than 1000000 steps"),
+        ("{{ [0] * 100001 }}", "larger than"),
         ("{{ 'a' * 100000000 }}", "larger than"),
         ("{{ 100000000 * 'a' }}", "larger than"),
         ("{{ 9 ** 9999999 }}", "too large a number"),

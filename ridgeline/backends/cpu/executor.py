@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -104,7 +103,6 @@ class CpuExecutor:
         lowering.run()
         self._open: Ticket | None = None
         self._count = 0
-        self._process = os.getpid()
 
     def _pack(
         self, plan: Plan, weights: Mapping[str, StoredWeight], mapped: npt.NDArray[np.uint8] | None
@@ -126,13 +124,7 @@ class CpuExecutor:
         return self.native.logits()
 
     def launch(self, batch: Batch) -> Ticket:
-        """Runs a step.
-
-        Raises RidgelineError when the last one is not finished, the batch is malformed, or this is a fork of the
-        process that loaded the model: the threads stayed behind.
-        """
-        if os.getpid() != self._process:
-            raise RidgelineError("this model was loaded before the process forked: load it in the child")
+        """Runs a step. Raises RidgelineError when the last one is not finished or the batch is malformed."""
         if self._open is not None:
             raise RidgelineError("the CPU executor runs one step at a time: finish the open ticket first")
         if max(len(batch.block_updates), len(batch.block_copies)) > 1:
