@@ -72,14 +72,17 @@ def chat(
             raise typer.Exit(int(refused and not prompt))
         messages.append({"role": "user", "content": question})
         try:
-            messages = _fitting(llm, messages, max_tokens)
-            deltas = llm.stream(messages, options)
-            refused = False
+            kept = _fitting(llm, messages, max_tokens)
+            deltas = llm.stream(kept, options)
         except RequestError as error:
             print("error:", " ".join(str(error).split()), file=sys.stderr)
             messages.pop()
             refused = True
             continue
+        refused = False
+        if forgotten := (len(messages) - len(kept)) // 2:
+            print(f"(the context is full: turns forgotten, the oldest first: {forgotten})", file=sys.stderr)
+        messages = kept
         answer = ""
         for delta in deltas:
             sys.stdout.write(delta.text)
@@ -97,9 +100,6 @@ def _fitting(llm: LLM, messages: list[dict[str, str]], max_tokens: int) -> list[
     template, kept = runtime.chat_template(), messages
     while len(kept) > 2 and len(template.encode(kept, runtime.tokenizer)) + room > most:
         kept = kept[2:]
-    if forgotten := (len(messages) - len(kept)) // 2:
-        turns = "the oldest turn is" if forgotten == 1 else f"the {forgotten} oldest turns are"
-        print(f"(the context is full: {turns} forgotten)", file=sys.stderr)
     return kept
 
 
