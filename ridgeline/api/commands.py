@@ -195,14 +195,25 @@ def _closing_line(llm: LLM, prompt: int, first: float, times: list[float]) -> st
         seconds = times[-1] - times[0]
         line += f", {steps / seconds:.{0 if steps >= seconds else 4}f} tokens/s"
         if llm.config.device != "emulated":
-            from ridgeline.graph.cost import Load
-            from ridgeline.perf.bench import step_share
-            from ridgeline.perf.machine import peaks_of
-
-            loads = [Load.of([(prompt + steps // 2, 1)])] * steps
-            share = step_share(llm.runtime, peaks_of(llm.runtime, 0.1), loads, seconds)
-            line += f", {share:.0%} of this machine's roofline"
+            line += f", {_share(llm, prompt + steps // 2, steps, seconds):.0%} of this machine's roofline"
     return line + "]"
+
+
+def _share(llm: LLM, context: int, steps: int, seconds: float) -> float:
+    """Share of the roofline that ``steps`` of one token at about ``context`` reached.
+
+    A share above 1 says that memory reads more slowly now than it did then: it is looked at again, a few times.
+    """
+    from ridgeline.graph.cost import Load
+    from ridgeline.perf.bench import step_share
+    from ridgeline.perf.machine import better, peaks_of
+
+    loads, peaks = [Load.of([(context, 1)])] * steps, peaks_of(llm.runtime, 0.1)
+    for _ in range(4):
+        if step_share(llm.runtime, peaks, loads, seconds) <= 1:
+            break
+        peaks = better(peaks, peaks_of(llm.runtime, 0.1))
+    return step_share(llm.runtime, peaks, loads, seconds)
 
 
 def make_command() -> Callable[..., Any]:
