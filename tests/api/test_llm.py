@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -122,7 +123,8 @@ def test_a_stream_that_another_threads_steps_serve_tells_all(llm: LLM) -> None:
         while not stop.is_set():
             engine.step()
 
-    other = threading.Thread(target=keep_stepping)
+    other, interval = threading.Thread(target=keep_stepping), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # the two threads meet everywhere
     other.start()
     try:
         for _ in range(50):
@@ -134,6 +136,36 @@ def test_a_stream_that_another_threads_steps_serve_tells_all(llm: LLM) -> None:
     finally:
         stop.set()
         other.join()
+        sys.setswitchinterval(interval)
+
+
+def test_a_streams_news_wait_for_the_step_under_way(llm: LLM) -> None:
+    engine = llm.runtime.engine
+    request = engine.make_request(list(b"first"), SamplingParams(seed=5, max_tokens=4, ignore_eos=True), stream=True)
+    text: Any = request.text
+    entered, go_on = threading.Event(), threading.Event()
+
+    class Held:
+        """The text, which takes a token only once it may go on: the token is with the request by then."""
+
+        def push(self, token: int, may_stop: bool) -> bool:
+            entered.set()
+            go_on.wait(10)
+            return bool(text.push(token, may_stop))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(text, name)
+
+    request.text = Held()  # type: ignore[assignment]
+    engine.submit([request])
+    other = threading.Thread(target=engine.step)
+    other.start()
+    assert entered.wait(10) and len(request.output_ids) == 1
+    threading.Timer(0.05, go_on.set).start()
+    told, ids, _, _ = engine.news(request, 0)
+    other.join()
+    assert ids[0] >= 32 and told == "".join(map(chr, ids))
+    engine.abort(request)
 
 
 def test_a_closed_stream_holds_nothing(llm: LLM) -> None:
